@@ -1,0 +1,6 @@
+"""``python -m lora_deploy`` is the command ``lora-deploy``."""
+
+from lora_deploy.cli import main
+
+if __name__ == "__main__":
+    main()
