@@ -8,7 +8,8 @@ The public Python API is the verbs below, each a function of ``lora_deploy.pipel
 Promise: importing this package imports neither torch nor numpy; the first use of a verb does.
 
 A verb and the subpackage that does its work share a name (``merge`` and ``lora_deploy.merge``). The attribute is always
-the verb, whatever was imported before; names of the subpackage are imported as ``from lora_deploy.merge.plan import …``.
+the verb, whatever was imported before; what is inside the subpackage is imported from there, as in
+``from lora_deploy.merge.plan import …``.
 """
 
 import sys

@@ -1,0 +1,198 @@
+"""A base or merged checkpoint: a folder of safetensors files, their headers read and checked, bytes mapped on demand.
+
+Promise: opening reads headers only; every tensor is found through the index where there is one, and the index is checked
+against the headers; no file outside the root is opened, except through the links that a hub cache itself makes.
+It does not convert: other layouts are brought here by ``bases``.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_deploy.errors import MalformedCheckpointError, UnsafeFileError
+from lora_deploy.safetensors_file import NotSafetensorsError, read_header
+from lora_deploy.tensors import TensorSpec
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_MAX_JSON_BYTES = 256_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRef:
+    """What the checkpoint is called and which version of it this is."""
+
+    name: str
+    """Hub id or path, as the user or a record named it."""
+    revision: str | None = None
+    """Commit of a hub snapshot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """Tensors and configuration of one model on disk."""
+
+    root: Path
+    ref: CheckpointRef
+    config: Mapping[str, Any]
+    """``config.json``, empty when there is none."""
+    tensors: Mapping[str, TensorSpec]
+    """By name, in the order of files and of bytes within them."""
+    data_starts: Mapping[str, int]
+    """Byte at which each file's data section begins."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Metadata of the first file's header."""
+    _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Weight files, in order, relative to the root."""
+        return tuple(self.data_starts)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(spec.n_bytes for spec in self.tensors.values())
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
+        """Map bytes ``start:stop`` of a tensor, counted from its first byte; nothing is copied."""
+        spec = self.tensors[name]
+        end = spec.n_bytes if stop is None else stop
+        first = self.data_starts[spec.file] + spec.start
+        return memoryview(self._map(spec.file))[first + start : first + end]
+
+    def _map(self, file: str) -> mmap.mmap:
+        mapped = self._maps.get(file)
+        if mapped is None:
+            with (self.root / file).open("rb") as stream:
+                # ACCESS_COPY: tensor libraries want a writable buffer; nobody writes, so no page is ever copied.
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._maps[file] = mapped
+        return mapped
+
+
+def open_checkpoint(root: Path, *, ref: CheckpointRef | None = None, files: tuple[str, ...] | None = None) -> Checkpoint:
+    """Open a folder of safetensors files.
+
+    ``files`` limits it to some weight files (a lone file beside others); by default the index decides, else the one
+    conventional file, else every ``*.safetensors`` of the folder if there is exactly one.
+
+    Raises:
+        MalformedCheckpointError: No weights, or index, headers and files contradict each other.
+        UnsafeFileError: A name or link leads out of the root.
+    """
+    weight_map: dict[str, str] | None = None
+    if files is None:
+        files, weight_map = _weight_files(root)
+    tensors: dict[str, TensorSpec] = {}
+    data_starts: dict[str, int] = {}
+    metadata: Mapping[str, str] = {}
+    for file in files:
+        path = contained_path(root, file)
+        try:
+            header = read_header(path, file=file)
+        except NotSafetensorsError as error:
+            raise MalformedCheckpointError(error.message, hint=error.hint) from error
+        data_starts[file] = header.start
+        metadata = metadata or header.metadata
+        _add_tensors(root, tensors, header.tensors, weight_map)
+    if weight_map is not None:
+        _check_index(root, weight_map, tensors)
+    return Checkpoint(
+        root=root,
+        ref=ref or CheckpointRef(name=str(root)),
+        config=read_json(root / "config.json") if (root / "config.json").exists() else {},
+        tensors=tensors,
+        data_starts=data_starts,
+        metadata=metadata,
+    )
+
+
+def contained_path(root: Path, name: str) -> Path:
+    """Resolve a file named by a checkpoint.
+
+    Raises:
+        UnsafeFileError: The name is absolute, climbs, or is a link out of the root (a hub cache's blobs are allowed).
+        MalformedCheckpointError: There is no such file.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise UnsafeFileError(f"{root}: file name {name!r} leads out of the folder")
+    path = root / name
+    if not path.is_file():
+        raise MalformedCheckpointError(f"{path}: no such file", hint="the download may be incomplete; fetch it again")
+    real = path.resolve()
+    if not any(real.is_relative_to(allowed) for allowed in _allowed_roots(root)):
+        raise UnsafeFileError(f"{path}: is a link to {real}, outside the folder", hint="copy the file into the folder")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of reasonable size.
+
+    Raises:
+        MalformedCheckpointError: Too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise MalformedCheckpointError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise MalformedCheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise MalformedCheckpointError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise MalformedCheckpointError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _allowed_roots(root: Path) -> tuple[Path, ...]:
+    real = root.resolve()
+    if real.parent.name == "snapshots":
+        return real, real.parent.parent / "blobs"
+    return (real,)
+
+
+def _weight_files(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    if not root.is_dir():
+        raise MalformedCheckpointError(f"{root}: no such folder")
+    index = root / _INDEX_NAME
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise MalformedCheckpointError(f"{index}: weight_map is not a map from tensor names to file names")
+        return tuple(sorted(set(weight_map.values()))), weight_map
+    for name in _SINGLE_NAMES:
+        if (root / name).is_file():
+            return (name,), None
+    found = sorted(path.name for path in root.glob("*.safetensors"))
+    if len(found) == 1:
+        return (found[0],), None
+    problem = f"{len(found)} safetensors files and no index" if found else "no safetensors weights"
+    raise MalformedCheckpointError(f"{root}: {problem}", hint=f"expected model.safetensors or {_INDEX_NAME}")
+
+
+def _add_tensors(
+    root: Path, tensors: dict[str, TensorSpec], found: Mapping[str, TensorSpec], weight_map: dict[str, str] | None
+) -> None:
+    for name, spec in found.items():
+        if weight_map is not None and weight_map.get(name) != spec.file:
+            continue  # a copy that the index does not point at (tied tensors saved twice)
+        if name in tensors:
+            raise MalformedCheckpointError(f"{root}: {name} is in both {tensors[name].file} and {spec.file}")
+        tensors[name] = spec
+
+
+def _check_index(root: Path, weight_map: dict[str, str], tensors: Mapping[str, TensorSpec]) -> None:
+    missing = [name for name in weight_map if name not in tensors]
+    if missing:
+        raise MalformedCheckpointError(
+            f"{root}: the index names {len(missing)} tensors that its files do not hold, "
+            f"first {missing[0]} in {weight_map[missing[0]]}",
+            hint="index and weight files are from different versions; fetch both again",
+        )
