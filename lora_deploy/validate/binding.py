@@ -1,8 +1,4 @@
-"""Bind adapters to a base: resolve every name, orientation and shape, or report every misfit at once.
-
-Promise: a ``Binding`` is proof. It exists only when every adapter tensor has found the tensor it is meant for, by exact
-name, with the right shape, and everything that only the base can tell was decided without a guess.
-"""
+"""What binding gives: the proof that adapters fit a base, with every question answered."""
 
 from __future__ import annotations
 
@@ -34,9 +30,10 @@ class Binding:
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
     outputs: Mapping[str, str | None]
-    """Every tensor of the merged checkpoint in order, and the base tensor it starts from (None: the adapter adds it)."""
+    """Every tensor of the merged checkpoint in order, and the base tensor it starts from; None: the adapter adds it."""
     updates: Mapping[str, tuple[ModuleUpdate, ...]]
-    """Changed tensors of ``outputs``, each with its updates in the order they apply; regions are set, ``Experts`` resolved."""
+    """Changed tensors of ``outputs``, each with its updates in the order they apply; every region is set, every update is
+    laid out as stored."""
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` to set (dotted for nested ones), such as ``tie_word_embeddings``."""
     excluded: tuple[str, ...] = ()
