@@ -20,8 +20,9 @@ help:
 demo: $(INSTALLED)
 	$(RUN) examples/demo.py
 
+# loadfile: the fixtures of a module (models, merges) are made once, in one worker.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not nightly" -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not nightly" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .

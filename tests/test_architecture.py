@@ -108,7 +108,7 @@ def test_the_contracts_hold(copy_of_the_house: Path) -> None:
         ("updates/interface.py", "def f(): import lora_deploy.adapter", "lora_deploy.updates is not allowed to import"),
         ("utils.py", "", "lora_deploy.utils"),
         ("cli/__init__.py", "def f(): import torch", "lora_deploy.cli -> torch"),
-        ("validate.py", "import peft", "lora_deploy.validate -> peft"),
+        ("checkpoint.py", "import peft", "lora_deploy.checkpoint -> peft"),
     ],
 )
 def test_a_planted_wrong_import_breaks_a_contract(
