@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import pickle
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -177,12 +178,23 @@ def test_no_module_raises_a_bare_exception_class() -> None:
 REGISTRIES = [(adapters, adapters.READERS), (updates, updates.KINDS)]
 
 
+def _is_member(cls: type) -> bool:
+    """Whether a class is something a registry lists: a reader of a format, or a concrete kind of update."""
+    update = importlib.import_module("lora_deploy.updates.interface").Update
+    return hasattr(cls, "recognises") or (issubclass(cls, update) and not cls.__abstractmethods__)
+
+
 @pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS"])
-def test_every_module_of_a_registry_is_registered_once(package: ModuleType, registry: tuple[Entry, ...]) -> None:
-    folder = Path(str(package.__file__)).parent
-    modules = {f"{package.__name__}.{path.stem}" for path in folder.glob("*.py")}
-    modules -= {f"{package.__name__}.{name}" for name in ("__init__", "interface")}
-    assert sorted(entry.path.partition(":")[0] for entry in registry) == sorted(modules)
+def test_every_reader_and_kind_is_registered_once(package: ModuleType, registry: tuple[Entry, ...]) -> None:
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(name) for name in names if not name.endswith(".interface")]
+    defining = {
+        module.__name__
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__.startswith(module.__name__) and _is_member(value)
+    }
+    assert sorted(entry.path.partition(":")[0] for entry in registry) == sorted(defining)
 
 
 @pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS"])
