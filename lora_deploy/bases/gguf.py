@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -72,7 +73,7 @@ class ImportedBase:
 
 
 def import_gguf(path: Path, destination: Path, *, dequantize: bool = False) -> ImportedBase:
-    """Unpack a GGUF file into a new folder; the work happens in ``<destination>.partial``, renamed at the end.
+    """Unpack a GGUF file into a new folder; the work happens in ``<destination>.*.partial``, renamed at the end.
 
     Raises:
         RecipeError: ``dequantize`` is False.
@@ -90,17 +91,14 @@ def import_gguf(path: Path, destination: Path, *, dequantize: bool = False) -> I
     _check_packages()
     if destination.exists():
         raise OutputExistsError(f"{destination}: exists already", hint="remove it or choose another folder")
-    partial = destination.with_name(f"{destination.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        peak_bytes = _convert_in_own_process(path, partial)
-        partial.rename(destination)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _partial_folder(destination) as partial:
+            peak_bytes = _convert_in_own_process(path, partial)
+            partial.rename(destination)
         sync_folder(destination.parent)
     except OSError as error:
         raise writing_error(destination, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return ImportedBase(folder=destination, peak_bytes=peak_bytes)
 
 
@@ -121,6 +119,8 @@ def cached_gguf(path: Path, *, dequantize: bool = False) -> ImportedBase:
     with _only_one_at(folder):
         if folder.is_dir():
             return ImportedBase(folder=folder, peak_bytes=None)
+        for stale in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
         return import_gguf(path, folder, dequantize=True)
 
 
@@ -166,6 +166,20 @@ def _only_one_at(folder: Path) -> Iterator[None]:
     with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _partial_folder(destination: Path) -> Iterator[Path]:
+    """Make a folder beside the destination, gone at the end unless renamed.
+
+    Its name is new every time: when a run is killed, its child may still be writing for a moment.
+    """
+    partial = Path(tempfile.mkdtemp(prefix=f"{destination.name}.", suffix=".partial", dir=destination.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _convert_in_own_process(path: Path, partial: Path) -> int:

