@@ -1,0 +1,250 @@
+"""Cut a planned tensor into chunks and compute each: where base bytes, updates and the output dtype meet.
+
+Promise: the chunks of a tensor cover its elements once, in order; each is a pure function of base, plan and position, so
+that any thread, process or machine may compute it, and so that ``evidence/replay`` can compute it again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.errors import MergeError, NonFiniteTensorError
+from lora_deploy.merge.exact import BlockFacts, Factors, Workspace, merge_rows
+from lora_deploy.merge.plan import PlannedTensor, Treatment
+from lora_deploy.rounding import largest, round_once, torch_dtype
+from lora_deploy.tensors import DType, Region, TensorSpec
+from lora_deploy.updates.interface import Update
+from lora_deploy.updates.low_rank import LowRank
+from lora_deploy.updates.replacement import Replacement
+from lora_deploy.updates.token_rows import TokenRows
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements of a chunk: what one worker computes at a time."""
+COPY_BYTES = 1 << 23
+DEFINED_BLOCK_ELEMENTS = 1 << 20
+"""Block of kinds that are evaluated in float64: part of their definition, because products may depend on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunk:
+    """Some consecutive elements of an output tensor, and how to get them."""
+
+    tensor: PlannedTensor
+    start: int
+    """First byte within the output tensor."""
+    stop: int
+    copied: memoryview | None = None
+    """The bytes themselves when nothing needs computing."""
+    compute: Callable[[Workspace], tuple[Tensor, BlockFacts]] | None = None
+    """Gives the elements in the output dtype, on the workspace's device."""
+
+    def evaluate(self, workspace: Workspace) -> tuple[memoryview, BlockFacts]:
+        """Give the chunk's bytes."""
+        if self.compute is None:
+            assert self.copied is not None
+            return self.copied, BlockFacts()
+        result, facts = self.compute(workspace)
+        return bytes_of(result), facts
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, little endian; moved to the CPU, else not copied."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def base_rows(checkpoint: Checkpoint, spec: TensorSpec, region: Region, rows: slice) -> Tensor:
+    """Map rows of a region of a base tensor: (n, n_cols) in the base's dtype; nothing is copied."""
+    size = spec.dtype.n_bytes
+    start = region.offset + rows.start * region.n_cols
+    stop = region.offset + rows.stop * region.n_cols
+    view = checkpoint.read(spec.name, start * size, stop * size)
+    if not view.nbytes:
+        return torch.empty((rows.stop - rows.start, region.n_cols), dtype=torch_dtype(spec.dtype))
+    return torch.frombuffer(view, dtype=torch_dtype(spec.dtype)).view(rows.stop - rows.start, region.n_cols)
+
+
+def chunks(
+    tensor: PlannedTensor, checkpoint: Checkpoint, device: torch.device, chunk_elements: int = CHUNK_ELEMENTS
+) -> Iterator[Chunk]:
+    """Cut a planned tensor into chunks, in the order of its bytes."""
+    if tensor.treatment is Treatment.UNTOUCHED:
+        yield from _copied(tensor, checkpoint)
+        return
+    end = 0
+    for region, updates in _regions(tensor):
+        yield from _gap(tensor, checkpoint, end, region.offset, chunk_elements)
+        yield from _RegionMerge(tensor, region, updates, checkpoint, device).chunks(chunk_elements)
+        end = region.stop
+    yield from _gap(tensor, checkpoint, end, tensor.spec.n_elements, chunk_elements)
+
+
+def _copied(tensor: PlannedTensor, checkpoint: Checkpoint) -> Iterator[Chunk]:
+    assert tensor.source is not None
+    for start in range(0, tensor.spec.n_bytes, COPY_BYTES):
+        stop = min(start + COPY_BYTES, tensor.spec.n_bytes)
+        copied = checkpoint.read(tensor.source.name, start, stop)
+        yield Chunk(tensor=tensor, start=start, stop=stop, copied=copied)
+
+
+def _regions(tensor: PlannedTensor) -> list[tuple[Region, list[Update]]]:
+    grouped: dict[Region, list[Update]] = {}
+    for entry in tensor.updates:
+        assert isinstance(entry.update, Update)
+        grouped.setdefault(entry.region or Region.whole(tensor.spec.shape), []).append(entry.update)
+    regions = sorted(grouped.items())
+    for (before, _), (after, _) in zip(regions, regions[1:], strict=False):
+        if after.offset < before.stop:
+            raise MergeError(f"{tensor.spec.name}: updates of overlapping regions {before} and {after}")
+    return regions
+
+
+def _gap(tensor: PlannedTensor, checkpoint: Checkpoint, start: int, stop: int, chunk_elements: int) -> Iterator[Chunk]:
+    """Elements that no update touches, as one long row each chunk."""
+    for first in range(start, stop, chunk_elements):
+        region = Region(offset=first, n_rows=1, n_cols=min(chunk_elements, stop - first))
+        yield from _RegionMerge(tensor, region, [], checkpoint, torch.device("cpu")).chunks(chunk_elements)
+
+
+@dataclass(slots=True, eq=False)
+class _RegionMerge:
+    """One region and its updates; what needs more than one block is prepared once, by the first worker that comes."""
+
+    tensor: PlannedTensor
+    region: Region
+    updates: Sequence[Update]
+    checkpoint: Checkpoint
+    device: torch.device
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _factors: Factors | None = None
+    _states: list[object] | None = None
+
+    def chunks(self, chunk_elements: int) -> Iterator[Chunk]:
+        n_rows, n_cols = self.region.n_rows, self.region.n_cols
+        elements = chunk_elements if self._is_exact else DEFINED_BLOCK_ELEMENTS
+        step = max(1, elements // max(1, n_cols))
+        size = self.tensor.spec.dtype.n_bytes
+        for first in range(0, n_rows if n_cols else 0, step):
+            rows = slice(first, min(first + step, n_rows))
+            start = (self.region.offset + rows.start * n_cols) * size
+            stop = (self.region.offset + rows.stop * n_cols) * size
+            yield Chunk(tensor=self.tensor, start=start, stop=stop, compute=lambda w, rows=rows: self._compute(rows, w))
+
+    @property
+    def _is_exact(self) -> bool:
+        return all(update.is_exact for update in self.updates)
+
+    def _compute(self, rows: slice, workspace: Workspace) -> tuple[Tensor, BlockFacts]:
+        if not self._is_exact:
+            return self._defined(rows)
+        weights = self._before_low_rank(rows)
+        low_ranks = [update for update in self.updates if isinstance(update, LowRank)]
+        if not low_ranks:
+            return self._rounded(weights, rows)
+        factors = self._prepared_factors(low_ranks)
+        on_device = weights.to(workspace.device)
+        return merge_rows(self.tensor.spec.name, on_device, factors, rows, self.tensor.spec.dtype, workspace)
+
+    def _before_low_rank(self, rows: slice) -> Tensor:
+        """Rows that low-rank sums are added to: the base's, or the adapter's own where it replaces them."""
+        weights = self._base(rows) if self.tensor.source is not None else None
+        for update in self.updates:
+            if isinstance(update, Replacement):
+                weights = update.values.reshape(update.shape)[rows]
+            elif isinstance(update, TokenRows):
+                assert weights is not None
+                weights = update.block(weights.to(torch.float64), rows, None)
+        assert weights is not None
+        return weights
+
+    def _base(self, rows: slice) -> Tensor:
+        source = self.tensor.source
+        assert source is not None
+        if any(isinstance(update, Replacement) for update in self.updates):
+            return torch.empty(0)
+        return base_rows(self.checkpoint, source, self.region, rows)
+
+    def _prepared_factors(self, low_ranks: list[LowRank]) -> Factors:
+        with self._lock:
+            if self._factors is None:
+                self._factors = Factors(low_ranks, self.device)
+            return self._factors
+
+    def _rounded(self, weights: Tensor, rows: slice) -> tuple[Tensor, BlockFacts]:
+        """Round values that no arithmetic touched: casts and replacements."""
+        dtype = self.tensor.spec.dtype
+        if not dtype.is_floating or weights.dtype == torch_dtype(dtype):
+            return weights.to(torch_dtype(dtype)), BlockFacts(n_elements=weights.numel())
+        stored = round_once(weights, dtype) if weights.dtype == torch.float64 else weights.to(torch_dtype(dtype))
+        facts = self._facts(weights, weights, stored)
+        if facts.max_abs > largest(dtype):
+            _refuse_overflow(self.tensor.spec, weights, stored, rows)
+        return stored, facts
+
+    def _defined(self, rows: slice) -> tuple[Tensor, BlockFacts]:
+        """Evaluate kinds that are defined in float64, block by fixed block, on the CPU."""
+        before = self._base(rows).to(torch.float64) if self.tensor.source is not None else torch.empty(0)
+        states = self._prepared_states()
+        values = before
+        for update, state in zip(self.updates, states, strict=True):
+            values = update.block(values, rows, state)
+        stored = round_once(values, self.tensor.spec.dtype)
+        if not bool(torch.isfinite(stored).all()):
+            _refuse_overflow(self.tensor.spec, values, stored, rows)
+        facts = self._facts(before if before.numel() else values, values, stored)
+        return stored, facts
+
+    def _prepared_states(self) -> list[object]:
+        with self._lock:
+            if self._states is None:
+                states: list[object] = []
+                for update in self.updates:
+                    states.append(update.prepare(self._reader(len(states), states)))
+                self._states = states
+            return self._states
+
+    def _reader(self, n_applied: int, states: list[object]) -> Callable[[slice], Tensor]:
+        """Read rows as they are after the first ``n_applied`` updates."""
+
+        def read(rows: slice) -> Tensor:
+            start, stop, _ = rows.indices(self.region.n_rows)
+            exact_rows = slice(start, stop)
+            values = self._base(exact_rows).to(torch.float64)
+            for update, state in zip(self.updates[:n_applied], states, strict=False):
+                values = update.block(values, exact_rows, state)
+            return values
+
+        return read
+
+    def _facts(self, before: Tensor, exact: Tensor, stored: Tensor) -> BlockFacts:
+        wide = torch.float64 if exact.dtype == torch.float64 or stored.dtype == torch.float32 else torch.float32
+        finite = stored.to(wide).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        max_abs = float(finite.abs().max()) if finite.numel() else 0.0
+        facts = BlockFacts(n_elements=stored.numel(), max_abs=max_abs)
+        facts.n_underflowed = int(((stored == 0) & (exact != 0)).sum())
+        if before is not exact:
+            delta, error = exact - before, stored.to(exact.dtype) - exact
+            facts.weight_square = float((before * before).sum())
+            facts.delta_square = float((delta * delta).sum())
+            facts.error_square = float((error * error).sum())
+        return facts
+
+
+def _refuse_overflow(spec: TensorSpec, exact: Tensor, stored: Tensor, rows: slice) -> None:
+    """Refuse finite values that became infinite; an infinity of the base itself may pass through a cast."""
+    bad = (exact.isfinite() & ~stored.isfinite()).nonzero()
+    if bad.numel():
+        row, col = (int(index) for index in bad[0])
+        raise NonFiniteTensorError(
+            f"{spec.name}: element [{rows.start + row}, {col}] is {float(exact[row, col]):g}, "
+            f"{spec.dtype.long_name} holds at most {largest(spec.dtype):g}",
+            hint="--dtype base" if spec.dtype is DType.F16 else None,
+        )
+    if bool(exact.isnan().any()):
+        raise NonFiniteTensorError(f"{spec.name}: the update gives values that are not numbers")
