@@ -1,7 +1,8 @@
 """A file that was made or used: its path, size and digest.
 
-Promise: a digest is of the bytes on disk. A digest taken before is reused only while the file's path, size, modification
-time and inode are what they were; the cache (``$LORA_DEPLOY_CACHE/digests``) holds one small file a path, written by rename.
+Promise: a digest is of the bytes on disk. A digest taken before is reused only while the file's path, size,
+modification time and inode are what they were; the cache (``$LORA_DEPLOY_CACHE/digests``) holds one small file a path,
+written by rename.
 """
 
 from __future__ import annotations

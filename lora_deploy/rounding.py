@@ -1,8 +1,8 @@
 """Rounding real values to a storage format: once, to nearest, ties to even.
 
-Promise: ``round_once`` gives the correctly rounded float64; torch's own float64 -> 16-bit cast does not, because it goes
-through float32. ``round_fraction`` does the same for an exact rational. Neither saturates: what is too large becomes an
-infinity, which the caller refuses.
+Promise: ``round_once`` gives the correctly rounded float64; torch's own float64 -> 16-bit cast does not, because it
+goes through float32. ``round_fraction`` does the same for an exact rational. Neither saturates: what is too large
+becomes an infinity, which the caller refuses.
 
 Why float32 is almost enough: every boundary between two 16-bit values (normal or subnormal) is itself a float32 value.
 So the float32 nearest to x lies on the same side of every boundary as x does, unless it *is* the boundary. Those few
@@ -36,8 +36,7 @@ BITS = {DType.F64: torch.int64, DType.F32: torch.int32, DType.F16: torch.int16, 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The tensor library's name of a storage format."""
-    found = getattr(torch, dtype.long_name)
-    assert isinstance(found, torch.dtype)
+    found: torch.dtype = getattr(torch, dtype.long_name)
     return found
 
 
@@ -78,7 +77,9 @@ def neighbours(single: Tensor, target: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def round_pair(values: Tensor, rests: Tensor, dtype: DType) -> Tensor:
-    """Round the unevaluated sums ``values + rests`` once, where each |rest| is at most half a unit of float64 beside its value.
+    """Round the unevaluated sums ``values + rests`` once.
+
+    Each |rest| is at most half a float64 unit in the last place of its value.
 
     Shapes: both (n,) float64; the result is (n,).
     """

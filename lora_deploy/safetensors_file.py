@@ -13,6 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -85,7 +86,8 @@ def format_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | Non
 def write_file(path: Path, header: bytes, chunks: Iterable[memoryview], *, root: Path) -> Artifact:
     """Write header and chunks to a sibling temporary file, hash, flush to disk, rename.
 
-    A failure leaves neither the file nor the temporary one. ``root`` is the folder that the artifact's path is relative to.
+    A failure leaves neither the file nor the temporary one. ``root`` is the folder that the artifact's path is
+    relative to.
 
     Raises:
         DiskSpaceError: The file system is full, or a file size limit was reached.
@@ -96,11 +98,12 @@ def write_file(path: Path, header: bytes, chunks: Iterable[memoryview], *, root:
     n_bytes = len(header)
     try:
         try:
-            with temporary.open("wb", buffering=0) as stream:
+            with temporary.open("wb", buffering=0) as stream, ThreadPoolExecutor(1, "hash") as hasher:
                 write_all(stream.fileno(), memoryview(header))
                 for chunk in chunks:
+                    hashed = hasher.submit(digest.update, chunk)  # while the system copies or the disk lags
                     write_all(stream.fileno(), chunk)
-                    digest.update(chunk)
+                    hashed.result()
                     n_bytes += chunk.nbytes
                 os.fsync(stream.fileno())
             temporary.replace(path)
@@ -139,15 +142,25 @@ def writing_error(path: Path, error: OSError) -> MergeError:
     return MergeError(f"{path}: cannot be written: {reason}", hint="choose another -o")
 
 
-def _header_length(path: Path, prefix: bytes, n_file_bytes: int) -> int:
-    if not n_file_bytes:
-        raise NotSafetensorsError(f"{path}: the file is empty")
+def find_stand_in(prefix: bytes) -> tuple[str, str] | None:
+    """Say what lies in the place of a file, given its first bytes, and what to do about it; None when nothing is wrong.
+
+    ``prefix`` is the file's first 8 bytes or more, all of it when it is shorter.
+    """
+    if not prefix:
+        return "the file is empty", "download the file again"
     if prefix.startswith(b"version "):
-        raise NotSafetensorsError(
-            f"{path}: is a git LFS pointer, not the weights", hint="fetch the real file: git lfs pull"
-        )
-    if prefix.lstrip()[:1] == b"<":
-        raise NotSafetensorsError(f"{path}: is an HTML page, not weights", hint="download the file again")
+        return "is a git LFS pointer, not the file itself", "fetch the real file: git lfs pull"
+    # No NUL: the length 15392 of a sound header reads " <" followed by six of them.
+    if prefix.lstrip()[:1] == b"<" and b"\0" not in prefix:
+        return "is an HTML page, not the file itself", "download the file again"
+    return None
+
+
+def _header_length(path: Path, prefix: bytes, n_file_bytes: int) -> int:
+    stand_in = find_stand_in(prefix)
+    if stand_in:
+        raise NotSafetensorsError(f"{path}: {stand_in[0]}", hint=stand_in[1])
     if len(prefix) < _LENGTH_BYTES:
         raise NotSafetensorsError(f"{path}: {n_file_bytes} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)

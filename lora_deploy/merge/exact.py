@@ -1,16 +1,17 @@
 """Where a weight meets its low-rank updates: RN(W + Σ s·up·down), the exact real value rounded once.
 
-Promise (laws 1 and 2): the bytes do not depend on BLAS, tile, thread or device. Every element is evaluated in float64 with
-a proven error bound; where the bound leaves the rounding open, the element is recomputed as an exact rational.
+Promise (laws 1 and 2): the bytes do not depend on BLAS, tile, thread or device. Every element is evaluated in float64
+with a proven error bound; where the bound leaves the rounding open, the element is recomputed as an exact rational.
 
-How it stays fast. A tile of float64 values v fits the L2 cache. Level 1 rounds, for every element, two values that enclose
-everything v could be; where they agree, as they do for all but about 1 in 20,000 (bfloat16), 3,000 (float16) or
-500 (float32), that is the result. Level 2 takes the open elements of a whole chunk together, with a bound for each; level 3 evaluates what is left
-with error-free transformations, which settles true ties too. Level 4 is ``fractions``, for what even that cannot separate.
+How it stays fast. A tile of float64 values v fits the L2 cache. Level 1 rounds, for every element, two values that
+enclose everything v could be; where they agree, as they do for all but about 1 in 20,000 (bfloat16), 3,000 (float16)
+or 500 (float32), that is the result. Level 2 takes the open elements of a whole chunk together, with a bound for each;
+level 3 evaluates what is left with error-free transformations, which settles true ties too. Level 4 is ``fractions``,
+for what even that cannot separate.
 
-The error bound. Each product s·up·down carries two roundings and the sum of R of them and W at most R + 1, in any order,
-with or without fused operations; so |v - exact| <= (R + 8)·2^-53·(|W| + Σ|s·up|·|down|), to first order and with room for
-the rest (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+The error bound. Each product s·up·down carries two roundings and the sum of R of them and W at most R + 1, in any
+order, with or without fused operations; so |v - exact| <= (R + 8)·2^-53·(|W| + Σ|s·up|·|down|), to first order and
+with room for the rest (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Factors:
     def compensated(self, weight: Tensor, row: Tensor, col: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """W + Σ s·up·down of some elements as an unevaluated pair (high, low) and a bound of what the pair misses.
 
-        The bound is 0 where every rounding error turned out to be representable, so that the pair is the exact value: the
-        usual case for real ties, which only happen between numbers of few bits.
+        The bound is 0 where every rounding error turned out to be representable, so that the pair is the exact value:
+        the usual case for real ties, which only happen between numbers of few bits.
 
         Shapes: all (n,) float64; ``size`` is |W| + Σ|s·up|·|down|.
         Source: error-free transformations; Ogita, Rump, Oishi, Accurate Sum and Dot Product, 2005, algorithm Dot2.
@@ -319,14 +320,14 @@ def _refuse_non_finite(
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a + b = sum + rest, exactly (Knuth)."""
+    """Give sum and rest: a + b = sum + rest, exactly (Knuth)."""
     total = a + b
     shift = total - a
     return total, (a - (total - shift)) + (b - shift)
 
 
 def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a * b = product + rest, exactly while nothing over- or underflows (Dekker, with Veltkamp's split)."""
+    """Give product and rest: a * b = product + rest, exactly while nothing over- or underflows (Dekker)."""
     product = a * b
     (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
     return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)

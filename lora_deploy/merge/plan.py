@@ -1,7 +1,8 @@
 """Decide every byte of a merge before the first is written.
 
-Promise: the plan names each output tensor, its dtype, the file and place it goes to, and what happens to it; it states the
-bytes to write and the memory to use; nothing later decides anything. The same inputs and options give the same plan.
+Promise: the plan names each output tensor, its dtype, the file and place it goes to, and what happens to it; it states
+the bytes to write and the memory to use; nothing later decides anything. The same inputs and options give the same
+plan.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def _shard(file: str, tensors: list[PlannedTensor]) -> ShardPlan:
 
 
 def _edited_config(binding: Binding, dtype: DType | None) -> dict[str, Any]:
-    config = _deep_copy(binding.checkpoint.config)
+    config: dict[str, Any] = _deep_copy(binding.checkpoint.config)
     for path, value in binding.config_edits.items():
         _set(config, path.split("."), value)
     if config and dtype is not None:
@@ -244,7 +245,7 @@ def _set(config: dict[str, Any], path: list[str], value: object) -> None:
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, is_outermost: bool) -> None:
-    """Say the dtype that is really there, under whichever key this configuration uses (``dtype`` since transformers 5)."""
+    """Say the dtype that is really there, under whichever key the configuration uses (``dtype`` in transformers 5)."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     for key in keys or (["torch_dtype"] if is_outermost else []):
         config[key] = name

@@ -5,6 +5,8 @@ Promise: progress is for people. It changes no byte and no decision; ``None`` in
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -26,3 +28,16 @@ class Progress(Protocol):
     def finish(self) -> None:
         """End what was started, whether all of it was done or not."""
         ...
+
+
+@contextmanager
+def reporting(progress: Progress | None, label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Report one piece of work from start to finish, whatever happens; gives what to call with the bytes done."""
+    if progress is None:
+        yield lambda _: None
+        return
+    progress.start(label, n_bytes)
+    try:
+        yield progress.advance
+    finally:
+        progress.finish()

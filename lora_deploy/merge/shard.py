@@ -1,7 +1,7 @@
 """Cut a planned tensor into chunks and compute each: where base bytes, updates and the output dtype meet.
 
-Promise: the chunks of a tensor cover its elements once, in order; each is a pure function of base, plan and position, so
-that any thread, process or machine may compute it, and so that ``evidence/replay`` can compute it again.
+Promise: the chunks of a tensor cover its elements once, in order; each is a pure function of base, plan and position,
+so that any thread, process or machine may compute it, and so that ``evidence/replay`` can compute it again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ COPY_BYTES = 1 << 23
 DEFINED_BLOCK_ELEMENTS = 1 << 20
 """Block of kinds that are evaluated in float64: part of their definition, because products may depend on it."""
 
+_NO_BYTES = memoryview(b"")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Chunk:
@@ -39,7 +43,7 @@ class Chunk:
     start: int
     """First byte within the output tensor."""
     stop: int
-    copied: memoryview | None = None
+    copied: memoryview = _NO_BYTES
     """The bytes themselves when nothing needs computing."""
     compute: Callable[[Workspace], tuple[Tensor, BlockFacts]] | None = None
     """Gives the elements in the output dtype, on the workspace's device."""
@@ -47,7 +51,6 @@ class Chunk:
     def evaluate(self, workspace: Workspace) -> tuple[memoryview, BlockFacts]:
         """Give the chunk's bytes."""
         if self.compute is None:
-            assert self.copied is not None
             return self.copied, BlockFacts()
         result, facts = self.compute(workspace)
         return bytes_of(result), facts
@@ -56,7 +59,7 @@ class Chunk:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, little endian; moved to the CPU, else not copied."""
     flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def base_rows(checkpoint: Checkpoint, spec: TensorSpec, region: Region, rows: slice) -> Tensor:
@@ -74,8 +77,8 @@ def chunks(
     tensor: PlannedTensor, checkpoint: Checkpoint, device: torch.device, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Iterator[Chunk]:
     """Cut a planned tensor into chunks, in the order of its bytes."""
-    if tensor.treatment is Treatment.UNTOUCHED:
-        yield from _copied(tensor, checkpoint)
+    if tensor.treatment is Treatment.UNTOUCHED and tensor.source is not None:
+        yield from _copied(tensor, tensor.source, checkpoint)
         return
     end = 0
     for region, updates in _regions(tensor):
@@ -85,21 +88,20 @@ def chunks(
     yield from _gap(tensor, checkpoint, end, tensor.spec.n_elements, chunk_elements)
 
 
-def _copied(tensor: PlannedTensor, checkpoint: Checkpoint) -> Iterator[Chunk]:
-    assert tensor.source is not None
+def _copied(tensor: PlannedTensor, source: TensorSpec, checkpoint: Checkpoint) -> Iterator[Chunk]:
     for start in range(0, tensor.spec.n_bytes, COPY_BYTES):
         stop = min(start + COPY_BYTES, tensor.spec.n_bytes)
-        copied = checkpoint.read(tensor.source.name, start, stop)
+        copied = checkpoint.read(source.name, start, stop)
         yield Chunk(tensor=tensor, start=start, stop=stop, copied=copied)
 
 
 def _regions(tensor: PlannedTensor) -> list[tuple[Region, list[Update]]]:
     grouped: dict[Region, list[Update]] = {}
     for entry in tensor.updates:
-        assert isinstance(entry.update, Update)
-        grouped.setdefault(entry.region or Region.whole(tensor.spec.shape), []).append(entry.update)
-    regions = sorted(grouped.items())
-    for (before, _), (after, _) in zip(regions, regions[1:], strict=False):
+        if isinstance(entry.update, Update):  # binding resolved every stack of experts
+            grouped.setdefault(entry.region or Region.whole(tensor.spec.shape), []).append(entry.update)
+    regions = sorted(grouped.items(), key=lambda item: item[0])
+    for (before, _), (after, _) in pairwise(regions):
         if after.offset < before.stop:
             raise MergeError(f"{tensor.spec.name}: updates of overlapping regions {before} and {after}")
     return regions
@@ -134,7 +136,7 @@ class _RegionMerge:
             rows = slice(first, min(first + step, n_rows))
             start = (self.region.offset + rows.start * n_cols) * size
             stop = (self.region.offset + rows.stop * n_cols) * size
-            yield Chunk(tensor=self.tensor, start=start, stop=stop, compute=lambda w, rows=rows: self._compute(rows, w))
+            yield Chunk(tensor=self.tensor, start=start, stop=stop, compute=partial(self._compute, rows))
 
     @property
     def _is_exact(self) -> bool:
@@ -149,26 +151,26 @@ class _RegionMerge:
             return self._rounded(weights, rows)
         factors = self._prepared_factors(low_ranks)
         on_device = weights.to(workspace.device)
-        return merge_rows(self.tensor.spec.name, on_device, factors, rows, self.tensor.spec.dtype, workspace)
+        merged, facts = merge_rows(self.tensor.spec.name, on_device, factors, rows, self.tensor.spec.dtype, workspace)
+        if rows.start == 0:  # of the whole region, so told once
+            facts.delta_square = factors.delta_square
+        return merged, facts
 
     def _before_low_rank(self, rows: slice) -> Tensor:
         """Rows that low-rank sums are added to: the base's, or the adapter's own where it replaces them."""
-        weights = self._base(rows) if self.tensor.source is not None else None
+        weights = self._base(rows)
         for update in self.updates:
             if isinstance(update, Replacement):
                 weights = update.values.reshape(update.shape)[rows]
             elif isinstance(update, TokenRows):
-                assert weights is not None
                 weights = update.block(weights.to(torch.float64), rows, None)
-        assert weights is not None
         return weights
 
     def _base(self, rows: slice) -> Tensor:
-        source = self.tensor.source
-        assert source is not None
-        if any(isinstance(update, Replacement) for update in self.updates):
+        """Rows of the base; nothing where the adapter's own values take their place, whose shape may differ."""
+        if self.tensor.source is None or any(isinstance(update, Replacement) for update in self.updates):
             return torch.empty(0)
-        return base_rows(self.checkpoint, source, self.region, rows)
+        return base_rows(self.checkpoint, self.tensor.source, self.region, rows)
 
     def _prepared_factors(self, low_ranks: list[LowRank]) -> Factors:
         with self._lock:
@@ -189,7 +191,7 @@ class _RegionMerge:
 
     def _defined(self, rows: slice) -> tuple[Tensor, BlockFacts]:
         """Evaluate kinds that are defined in float64, block by fixed block, on the CPU."""
-        before = self._base(rows).to(torch.float64) if self.tensor.source is not None else torch.empty(0)
+        before = self._base(rows).to(torch.float64)
         states = self._prepared_states()
         values = before
         for update, state in zip(self.updates, states, strict=True):

@@ -1,11 +1,11 @@
 """What an update is: the change that one adapter makes to one region of one stored tensor.
 
-An update is written in the layout of the *stored* tensor: ``block`` takes and gives rows of the region as it lies in the
-file. Readers emit updates in the module's own layout (out, in) and say so (``Orientation.UNKNOWN``); ``bind`` turns them
-with ``transposed`` where the base stores the module the other way round.
+An update is written in the layout of the *stored* tensor: ``block`` takes and gives rows of the region as it lies in
+the file. Readers emit updates in the module's own layout (out, in) and say so (``Orientation.UNKNOWN``); ``bind``
+turns them with ``transposed`` where the base stores the module the other way round.
 
-Promise: ``block`` is a pure function of its arguments; what needs more than one block (norms, factorisations) is computed
-once, in ``prepare``, in float64, in a fixed order.
+Promise: ``block`` is a pure function of its arguments; what needs more than one block (norms, factorisations) is
+computed once, in ``prepare``, in float64, in a fixed order.
 """
 
 from __future__ import annotations
@@ -60,10 +60,13 @@ class Update(ABC):
 
     is_exact: ClassVar[bool] = False
     """Whether the merge evaluates it as the exact real value, rounded once (low-rank sums and replacements)."""
-    needs_whole: ClassVar[bool] = False
-    """Whether ``prepare`` reads the region; the plan then reserves float64 memory for it."""
     kind: ClassVar[str]
     """Its name in ``KINDS``."""
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether ``prepare`` holds the whole region in float64; the plan then reserves memory for it."""
+        return False
 
     @property
     @abstractmethod

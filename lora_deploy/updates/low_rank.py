@@ -44,6 +44,11 @@ class LowRank(Update):
         """Memory of both factors in bytes."""
         return self.down.nbytes + self.up.nbytes
 
+    @property
+    def n_elements(self) -> int:
+        """Elements of both factors."""
+        return self.down.numel() + self.up.numel()
+
     def transposed(self) -> Self:
         """(up·down)^T = down^T·up^T."""
         return replace(self, down=self.up.T, up=self.down.T)
