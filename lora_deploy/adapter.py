@@ -1,6 +1,7 @@
 """An adapter as read from its file: updates in the file's own terms, before any base is known.
 
-Promise: every tensor of the file is in the ``keys`` of exactly one update, or named by a finding that says why it is not.
+Promise: every tensor of the file is in the ``keys`` of exactly one update or copy of the base's, or it is counted by a
+finding that says why it is not.
 What only the base can tell stays explicit: ``Orientation.UNKNOWN``, ``Naming``, ``Experts``.
 """
 
@@ -118,5 +119,12 @@ class Adapter:
     """The configuration as read, for the record and for what only the base can resolve."""
     layer_replication: tuple[tuple[int, int], ...] = ()
     """Ranges of base layers, end excluded, that the trained model concatenates."""
-    base_names: frozenset[str] = frozenset()
-    """Names of base tensors that the same file carries (a full state dict with LoRA parameters in it)."""
+    base_copies: tuple[ModuleUpdate, ...] = ()
+    """Copies of base tensors below a change that the file also holds, as replacements. They are the base's own values
+    unless their shape says otherwise: with more rows than the base has (a resized vocabulary) they come first and the
+    change goes on top."""
+
+    @property
+    def base_names(self) -> frozenset[str]:
+        """Names of base tensors that the same file carries (a full state dict with LoRA parameters in it)."""
+        return frozenset(copy.target for copy in self.base_copies)

@@ -1,6 +1,7 @@
 """Readers of adapter formats; a format is one module here and one line in ``READERS``.
 
-Promise: importing this package imports no tensor library. Order matters: the first reader that recognises a file reads it.
+Promise: importing this package imports no tensor library. Every reader is asked; two that
+recognise one file are an error, so their order does not matter.
 """
 
 from __future__ import annotations
