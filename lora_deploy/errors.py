@@ -55,6 +55,8 @@ class Finding:
     """The tensor, module, key or file that the finding is about."""
     message: str
     """What was found against what was expected, in one line."""
+    source: str = ""
+    """Keys of the adapter file that it comes from; empty when the target says it all."""
 
 
 class LoraDeployError(Exception):

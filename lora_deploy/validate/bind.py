@@ -4,52 +4,133 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
-from lora_deploy.adapter import Adapter, Experts, ModuleUpdate, Orientation
+from lora_deploy.adapter import Adapter, Experts, ModuleUpdate
 from lora_deploy.checkpoint import Checkpoint
-from lora_deploy.errors import Finding, IncompatibleAdapterError, Severity
-from lora_deploy.tensors import Region
+from lora_deploy.companions import check_companions
+from lora_deploy.errors import RecipeError, Severity, UnmergeableAdapterError
+from lora_deploy.names import vocabulary_names
+from lora_deploy.validate.base import Base
 from lora_deploy.validate.binding import Binding, BindOptions
+from lora_deploy.validate.combine import combine
+from lora_deploy.validate.copies import resized_copies
+from lora_deploy.validate.findings import Findings, misfit
+from lora_deploy.validate.fit import fit
+from lora_deploy.validate.identity import check_identity
+from lora_deploy.validate.placement import Placed, place
+from lora_deploy.validate.prefix import with_prefix
+from lora_deploy.validate.replacements import Replaced, apply_replacements
+from lora_deploy.validate.replication import replicated
+from lora_deploy.validate.sharing import share
 
 
 def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptions | None = None) -> Binding:
     """Bind adapters, in order, to a base.
 
     Raises:
-        IncompatibleAdapterError: Some updates do not fit; all of them are in ``findings``.
+        RecipeError: An option cannot be obeyed: a weight too many, a pattern that matches nothing.
+        IncompatibleAdapterError: Something does not fit; every misfit is in ``findings``.
     """
     options = options or BindOptions()
-    updates: dict[str, list[ModuleUpdate]] = {}
-    findings: list[Finding] = []
-    for i, adapter in enumerate(adapters):
-        for module_update in adapter.updates:
-            spec = checkpoint.tensors.get(module_update.target)
-            if spec is None or isinstance(module_update.update, Experts):
-                findings.append(_error("target-missing", module_update.target, "not in base"))
-                continue
-            update = module_update.update
-            if options.weights and options.weights[i] != 1:
-                update = update.weighted(options.weights[i])
-            region = Region.whole(spec.shape)
-            if update.shape != (region.n_rows, region.n_cols):
-                findings.append(
-                    _error("shape-mismatch", spec.name, f"update is {update.shape}, base is {tuple(spec.shape)}")
-                )
-                continue
-            bound = replace(
-                module_update, update=update, region=region, orientation=Orientation.STORED, adapter_index=i
-            )
-            updates.setdefault(spec.name, []).append(bound)
-    if findings:
-        raise IncompatibleAdapterError(f"{len(findings)} errors", findings=tuple(findings))
+    if options.weights and len(options.weights) != len(adapters):
+        raise RecipeError(f"found {len(options.weights)} weights for {len(adapters)} adapters")
+    findings = Findings()
+    stack, config_edits = replicated(adapters, checkpoint, findings)
+    base = Base(checkpoint, stack)
+    placed: list[Placed] = []
+    for k, adapter in enumerate(adapters):
+        findings.extend(adapter.findings)
+        check_identity(adapter, checkpoint, findings)
+        copies = [replace(copy, adapter_index=k) for copy in resized_copies(adapter, base, findings)]
+        placed += place(adapter, [*copies, *_weighted(adapter, k, options, findings)], base, findings)
+    placed, excluded = _chosen(placed, options)
+    placed, replaced = apply_replacements(placed, adapters, base, findings)
+    updates = _fitted(placed, replaced, adapters, base, findings)
+    outputs: dict[str, str | None] = {**stack, **dict.fromkeys(replaced.added)}
+    edits = {**config_edits, **replaced.config_edits, **share(updates, outputs, adapters, base, findings)}
+    combined = {name: combine(name, group, adapters, findings) for name, group in updates.items()}
+    check_companions(adapters, checkpoint, _n_tokens(base, replaced), findings)
+    if findings.has_errors:
+        raise misfit(adapters, checkpoint, findings)
+    outputs, combined = with_prefix(outputs, combined, placed, replaced.added, base)
     return Binding(
         checkpoint=checkpoint,
         adapters=tuple(adapters),
-        outputs={name: name for name in checkpoint.tensors},
-        updates={name: tuple(updates[name]) for name in checkpoint.tensors if name in updates},
+        outputs=outputs,
+        updates={name: combined[name] for name in outputs if combined.get(name)},
+        config_edits=edits,
+        excluded=excluded,
+        findings=tuple(finding for finding in findings.all if finding.severity is not Severity.ERROR),
         options=options,
     )
 
 
-def _error(code: str, target: str, message: str) -> Finding:
-    return Finding(code=code, severity=Severity.ERROR, target=target, message=message)
+def _weighted(adapter: Adapter, k: int, options: BindOptions, findings: Findings) -> list[ModuleUpdate]:
+    weight = options.weights[k] if options.weights else 1.0
+    weighted = []
+    for module_update in adapter.updates:
+        update = module_update.update
+        try:
+            if weight != 1:
+                update = _times(update, weight) if isinstance(update, Experts) else update.weighted(weight)
+        except UnmergeableAdapterError as error:
+            findings.error("weight", module_update.target, error.message, module_update.keys)
+            continue
+        weighted.append(replace(module_update, update=update, adapter_index=k))
+    return weighted
+
+
+def _times(experts: Experts, weight: float) -> Experts:
+    return replace(experts, scales={name: scale.times(weight) for name, scale in experts.scales.items()})
+
+
+def _chosen(placed: Sequence[Placed], options: BindOptions) -> tuple[list[Placed], tuple[str, ...]]:
+    """Leave out what ``include`` and ``exclude`` leave out; give its keys."""
+    names = {item.part.tensor for item in placed}
+    for pattern in (*options.include, *options.exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise RecipeError(
+                f"pattern {pattern!r} matches none of the {len(names)} tensors that the adapter changes",
+                hint=f"patterns match whole tensor names such as {min(names)}" if names else None,
+            )
+
+    def is_chosen(name: str) -> bool:
+        included = not options.include or any(fnmatchcase(name, pattern) for pattern in options.include)
+        return included and not any(fnmatchcase(name, pattern) for pattern in options.exclude)
+
+    kept = [item for item in placed if is_chosen(item.part.tensor)]
+    left_out = [key for item in placed if not is_chosen(item.part.tensor) for key in item.module_update.keys]
+    return kept, tuple(dict.fromkeys(left_out))
+
+
+def _fitted(
+    placed: Sequence[Placed], replaced: Replaced, adapters: Sequence[Adapter], base: Base, findings: Findings
+) -> dict[str, list[ModuleUpdate]]:
+    updates: dict[str, list[ModuleUpdate]] = {}
+    for item in placed:
+        name = item.part.tensor
+        spec = base.spec(name)
+        shape = replaced.shapes.get(name) or _shared_shape(name, replaced, base)
+        adapter = adapters[item.module_update.adapter_index]
+        bound = fit(item, shape, spec.dtype if spec else None, adapter, base, findings)
+        if bound is not None:
+            updates.setdefault(name, []).append(bound)
+    return updates
+
+
+def _shared_shape(name: str, replaced: Replaced, base: Base) -> tuple[int, ...]:
+    """Give the shape of a tensor that nothing replaces: the base's, or that of a resized tensor it shares."""
+    for tie in base.ties:
+        other = tie.source if name == tie.member else tie.member if name == tie.source else None
+        if other in replaced.shapes and base.is_shared(tie):
+            return replaced.shapes[other]
+    spec = base.spec(name)
+    return spec.shape if spec else ()
+
+
+def _n_tokens(base: Base, replaced: Replaced) -> int | None:
+    """Rows of the input embedding after replacements; None when the base has none that is known."""
+    names = vocabulary_names(base.index, base.specs)
+    rows: list[int] = [replaced.shapes.get(name, base.specs[name].shape)[0] for name in names if ".bias" not in name]
+    return max(rows, default=None)

@@ -30,14 +30,17 @@ class Binding:
     checkpoint: Checkpoint
     adapters: tuple[Adapter, ...]
     outputs: Mapping[str, str | None]
-    """Every tensor of the merged checkpoint in order, and the base tensor it starts from; None: the adapter adds it."""
+    """Every tensor of the merged checkpoint in order, and the base tensor it starts from; None: the adapter adds it.
+    Names differ from the base's where layers are replicated or a head makes the base model's prefix necessary; two
+    outputs may start from one base tensor (layers replicated, embeddings untied)."""
     updates: Mapping[str, tuple[ModuleUpdate, ...]]
-    """Changed tensors of ``outputs``, each with its updates in the order they apply; every region is set, every update is
-    laid out as stored."""
+    """Changed tensors of ``outputs``, each with its updates in the order they apply. Every update is laid out as stored
+    and has its region; the regions of one tensor are equal or disjoint. A whole ``Replacement`` (its region is the
+    whole tensor) comes first and gives the tensor its shape."""
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` to set (dotted for nested ones), such as ``tie_word_embeddings``."""
     excluded: tuple[str, ...] = ()
-    """Adapter keys left out because the user said so."""
+    """Adapter keys left out because ``include`` or ``exclude`` said so."""
     findings: tuple[Finding, ...] = ()
     """Notes and warnings; errors raise instead."""
     options: BindOptions = BindOptions()
