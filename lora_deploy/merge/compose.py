@@ -49,7 +49,7 @@ def compose_record(
         base=RecordedBase(
             name=binding.checkpoint.ref.name,
             revision=binding.checkpoint.ref.revision,
-            root=str(binding.checkpoint.root),
+            root=str(binding.checkpoint.root.absolute()),
             files=tuple(RecordedFile(**file) for file in identity["base"]),
         ),
         adapters=tuple(_adapter(adapter, weight) for adapter, weight in zip(binding.adapters, weights, strict=True)),
@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
 def _adapter(adapter: Adapter, weight: float) -> RecordedAdapter:
     return RecordedAdapter(
         name=adapter.name,
-        path=str(adapter.path),
+        path=str(adapter.path.absolute()),
         format=adapter.format,
         sha256=adapter.sha256,
         config_sha256=adapter.config_sha256,

@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import Any
 
-from lora_deploy.artifact import cached_sha256, known_sha256
+from lora_deploy.artifact import Artifact, cached_sha256, known_sha256
+from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
 
@@ -22,18 +24,11 @@ _DECIDING = ("dtype", "max_shard_bytes", "tokenizer")
 
 def identify(plan: MergePlan, progress: Progress | None) -> dict[str, Any]:
     """Digest inputs and collect options; base digests come from the cache when the files are unchanged."""
-    checkpoint = plan.binding.checkpoint
-    paths = [checkpoint.root / file for file in checkpoint.files]
-    new = {path: path.stat().st_size for path in paths if known_sha256(path) is None}
-    files = []
-    with reporting(progress if new else None, "hashing the base", sum(new.values())) as advance:
-        for file, path in zip(checkpoint.files, paths, strict=True):
-            files.append({"path": file, "n_bytes": path.stat().st_size, "sha256": cached_sha256(path)})
-            advance(new.get(path, 0))
+    base = base_artifacts(plan.binding.checkpoint, progress)
     options = asdict(plan.options)
     return {
         "tool": version("lora-deploy"),
-        "base": files,
+        "base": [{"path": str(file.path), "n_bytes": file.n_bytes, "sha256": file.sha256} for file in base],
         "adapters": [{"sha256": a.sha256, "config_sha256": a.config_sha256} for a in plan.binding.adapters],
         "read_options": _plain(asdict(plan.read_options)),
         "bind_options": _plain(asdict(plan.binding.options)),
@@ -41,6 +36,18 @@ def identify(plan: MergePlan, progress: Progress | None) -> dict[str, Any]:
         "config": _plain(plan.config),
         "companions": {name: cached_sha256(path) for name, path in sorted(plan.companions.items())},
     }
+
+
+def base_artifacts(checkpoint: Checkpoint, progress: Progress | None) -> tuple[Artifact, ...]:
+    """Digest a base's weight files, in its own order; digests of unchanged files come from the cache."""
+    paths = [checkpoint.root / file for file in checkpoint.files]
+    new = {path: path.stat().st_size for path in paths if known_sha256(path) is None}
+    artifacts = []
+    with reporting(progress if new else None, "hashing the base", sum(new.values())) as advance:
+        for file, path in zip(checkpoint.files, paths, strict=True):
+            artifacts.append(Artifact(PurePosixPath(file), path.stat().st_size, cached_sha256(path)))
+            advance(new.get(path, 0))
+    return tuple(artifacts)
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:

@@ -1,0 +1,76 @@
+"""The command line: options in, one stage of the pipeline, tables or JSON out, exit codes.
+
+Promise: ``--help`` imports no tensor library; commands import the pipeline when they run. This is the one place that
+catches ``LoraDeployError``: one clear line, a hint, and the exit code of its family. Besides: 0 done, 2 usage, 70 a bug
+(with its traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lora_deploy.cli.inspect import inspect
+from lora_deploy.cli.merge import merge
+from lora_deploy.cli.screen import Screen
+from lora_deploy.cli.validate import validate
+from lora_deploy.errors import LoraDeployError
+
+_BUG, _INTERRUPTED = 70, 130
+
+
+class CommandLine(click.Group):
+    """All commands, and what becomes of their errors."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's signature
+        """Run a command; turn errors into lines and exit codes."""
+        screen = ctx.obj = Screen(as_json="--json" in ctx.args)
+        status = self._run(ctx, screen)
+        screen.close()
+        ctx.exit(status)
+
+    def _run(self, ctx: click.Context, screen: Screen) -> int:
+        try:
+            super().invoke(ctx)
+        except LoraDeployError as error:
+            screen.fail(error)
+            return error.exit_code
+        except KeyboardInterrupt:
+            screen.fail_interrupted()
+            return _INTERRUPTED
+        except click.ClickException as error:
+            if not screen.as_json:
+                raise
+            error.show()
+            screen.fail_usage(error)
+            return error.exit_code
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a bug of ours
+            screen.fail_bug(error)
+            return _BUG
+        return 0
+
+
+@click.group(
+    cls=CommandLine,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Sizes are decimal (5GB), GiB is accepted. Exit status: 0 done, 2 usage, 3 unusable input, 4 adapter and "
+    "base do not fit, 5 merge failed, 7 verification failed, 10 could not be verified, 70 a bug, 130 interrupted.",
+)
+@click.version_option(package_name="lora-deploy")
+def main() -> None:
+    """Merge trained LoRA adapters into their base model, exactly, and check the result.
+
+    \b
+    A first tour:
+      lora-deploy inspect  runs/7                     what the adapter holds
+      lora-deploy validate runs/7 --base owner/name   whether it fits, every misfit at once
+      lora-deploy merge    runs/7 --base owner/name   the merged checkpoint, in ./7-merged
+      lora-deploy verify   7-merged                   replay it, byte by byte
+    """  # noqa: D301 - \b is click's mark for text that keeps its lines
+
+
+for _command in (inspect, validate, merge):
+    main.add_command(_command)

@@ -1,0 +1,98 @@
+"""``lora-deploy validate``: do adapters fit a base? Every misfit at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_deploy.adapters.interface import ReadOptions
+from lora_deploy.cli.numbers import format_size
+from lora_deploy.cli.options import base_option, bind_options, chosen, output_options, read_options
+from lora_deploy.cli.patterns import summarise_names
+from lora_deploy.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from lora_deploy.artifact import Artifact
+    from lora_deploy.validate import Binding
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@base_option
+@bind_options
+@read_options
+@output_options
+@click.pass_obj
+def validate(screen: Screen, /, adapters: tuple[str, ...], base: str | None, dequantize: bool, **choices: Any) -> None:  # noqa: ANN401 - options by name
+    """Check that every tensor of ADAPTER finds its place in the base: by name, shape and orientation.
+
+    Prints which base this is (name, revision, digests of its weight files, remembered while the files do not change)
+    and which tensors would be changed; or lists every misfit, with the nearest candidates, and exits with 4.
+    """
+    from lora_deploy import pipeline
+    from lora_deploy.validate import BindOptions
+
+    binding = pipeline.validate(
+        adapters,
+        base=base,
+        read_options=chosen(ReadOptions, choices),
+        bind_options=chosen(BindOptions, choices),
+        dequantize=dequantize,
+    )
+    files = pipeline.base_artifacts(binding.checkpoint, screen.progress())
+    screen.publish(document(binding, files))
+    _show(screen, binding, files)
+
+
+def document(binding: Binding, files: tuple[Artifact, ...]) -> dict[str, object]:
+    """Give what ``--json`` prints."""
+    checkpoint = binding.checkpoint
+    return {
+        "base": {
+            "name": checkpoint.ref.name,
+            "revision": checkpoint.ref.revision,
+            "root": checkpoint.root,
+            "n_tensors": len(checkpoint.tensors),
+            "n_bytes": checkpoint.n_bytes,
+            "shapes": {name: spec.shape for name, spec in checkpoint.tensors.items()},
+            "files": [{"path": str(file.path), "n_bytes": file.n_bytes, "sha256": file.sha256} for file in files],
+        },
+        "adapters": [
+            {"name": adapter.name, "path": adapter.path, "format": adapter.format, "sha256": adapter.sha256}
+            for adapter in binding.adapters
+        ],
+        "updates": {
+            name: [
+                {"kind": getattr(entry.update, "kind", ""), "adapter": entry.adapter_index, "keys": entry.keys}
+                for entry in entries
+            ]
+            for name, entries in binding.updates.items()
+        },
+        "added": [name for name, source in binding.outputs.items() if source is None],
+        "config_edits": binding.config_edits,
+        "excluded": binding.excluded,
+        "findings": binding.findings,
+    }
+
+
+def _show(screen: Screen, binding: Binding, files: tuple[Artifact, ...]) -> None:
+    checkpoint = binding.checkpoint
+    screen.line(f"base {checkpoint.ref.name}")
+    shapes = len({spec.shape for spec in checkpoint.tensors.values()})
+    screen.fields(
+        [
+            *([("revision", checkpoint.ref.revision)] if checkpoint.ref.revision else []),
+            ("folder", str(checkpoint.root)),
+            ("tensors", f"{len(checkpoint.tensors)} of {shapes} shapes, {format_size(checkpoint.n_bytes)}"),
+            *((str(file.path), f"sha256 {file.sha256}") for file in files),
+        ]
+    )
+    for adapter in binding.adapters:
+        screen.line(f"adapter {adapter.path} ({adapter.format})")
+    n_updates = sum(len(entries) for entries in binding.updates.values())
+    screen.line(f"fits: {n_updates} updates of {len(binding.updates)} tensors")
+    screen.fields((str(number), pattern) for pattern, number in summarise_names(binding.updates))
+    if binding.excluded:
+        screen.line(f"left out as asked: {len(binding.excluded)} keys of the adapter")
+    screen.findings(binding.findings)
