@@ -153,8 +153,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _allowed_roots(root: Path) -> tuple[Path, ...]:
     real = root.resolve()
-    if real.parent.name == "snapshots":
-        return real, real.parent.parent / "blobs"
+    for folder in (real, *real.parents):  # a snapshot, or a folder within one
+        if folder.parent.name == "snapshots":
+            return real, folder.parent.parent / "blobs"
     return (real,)
 
 
