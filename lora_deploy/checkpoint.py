@@ -1,7 +1,7 @@
 """A base or merged checkpoint: a folder of safetensors files, their headers read and checked, bytes mapped on demand.
 
-Promise: opening reads headers only; every tensor is found through the index where there is one, and the index is checked
-against the headers; no file outside the root is opened, except through the links that a hub cache itself makes.
+Promise: opening reads headers only; every tensor is found through the index where there is one, and the index is
+checked against the headers; no file outside the root is opened, except through the links that a hub cache itself makes.
 It does not convert: other layouts are brought here by ``bases``.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,8 +21,10 @@ from lora_deploy.safetensors_file import NotSafetensorsError, read_header
 from lora_deploy.tensors import TensorSpec
 
 _INDEX_NAME = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
 _SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-_MAX_JSON_BYTES = 256_000_000
+_SHARD = re.compile(r"^(?P<stem>.+)-(?P<k>\d{5})-of-(?P<n>\d{5})\.safetensors$")
+_MAX_JSON_BYTES = 128_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +64,11 @@ class Checkpoint:
         return sum(spec.n_bytes for spec in self.tensors.values())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
-        """Map bytes ``start:stop`` of a tensor, counted from its first byte; nothing is copied."""
+        """Map bytes ``start:stop`` of a tensor, counted from its first byte; nothing is copied.
+
+        Raises:
+            MalformedCheckpointError: The file is not what it was when the checkpoint was opened.
+        """
         spec = self.tensors[name]
         end = spec.n_bytes if stop is None else stop
         first = self.data_starts[spec.file] + spec.start
@@ -69,18 +77,34 @@ class Checkpoint:
     def _map(self, file: str) -> mmap.mmap:
         mapped = self._maps.get(file)
         if mapped is None:
-            with (self.root / file).open("rb") as stream:
-                # ACCESS_COPY: tensor libraries want a writable buffer; nobody writes, so no page is ever copied.
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._maps[file] = mapped
+            mapped = self._maps[file] = _map_file(self.root / file, self._n_file_bytes(file))
         return mapped
 
+    def _n_file_bytes(self, file: str) -> int:
+        ends = (spec.stop for spec in self.tensors.values() if spec.file == file)
+        return self.data_starts[file] + max(ends, default=0)
 
-def open_checkpoint(root: Path, *, ref: CheckpointRef | None = None, files: tuple[str, ...] | None = None) -> Checkpoint:
+
+def _map_file(path: Path, n_bytes: int) -> mmap.mmap:
+    """Map a file; one that became shorter would end the process at the first touch of a missing page."""
+    try:
+        with path.open("rb") as stream:
+            found = os.fstat(stream.fileno()).st_size
+            if found < n_bytes:
+                raise MalformedCheckpointError(f"{path}: changed while in use: found {found} bytes, expected {n_bytes}")
+            # ACCESS_COPY: tensor libraries want a writable buffer; nobody writes, so no page is ever copied.
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise MalformedCheckpointError(f"{path}: cannot be mapped: {error}") from error
+
+
+def open_checkpoint(
+    root: Path, *, ref: CheckpointRef | None = None, files: tuple[str, ...] | None = None
+) -> Checkpoint:
     """Open a folder of safetensors files.
 
     ``files`` limits it to some weight files (a lone file beside others); by default the index decides, else the one
-    conventional file, else every ``*.safetensors`` of the folder if there is exactly one.
+    conventional file, else a complete set of numbered shards, else the only ``*.safetensors`` file.
 
     Raises:
         MalformedCheckpointError: No weights, or index, headers and files contradict each other.
@@ -106,7 +130,7 @@ def open_checkpoint(root: Path, *, ref: CheckpointRef | None = None, files: tupl
     return Checkpoint(
         root=root,
         ref=ref or CheckpointRef(name=str(root)),
-        config=read_json(root / "config.json") if (root / "config.json").exists() else {},
+        config=read_json(contained_path(root, "config.json")) if (root / "config.json").exists() else {},
         tensors=tensors,
         data_starts=data_starts,
         metadata=metadata,
@@ -159,22 +183,41 @@ def _allowed_roots(root: Path) -> tuple[Path, ...]:
     return (real,)
 
 
+def has_weights(root: Path) -> bool:
+    """Whether a folder holds safetensors weights or an index of them."""
+    return any(root.glob("*.safetensors")) or any(root.glob(f"*{_INDEX_SUFFIX}"))
+
+
 def _weight_files(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     if not root.is_dir():
         raise MalformedCheckpointError(f"{root}: no such folder")
-    index = root / _INDEX_NAME
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+    indices = sorted(path.name for path in root.glob(f"*{_INDEX_SUFFIX}"))
+    index = _INDEX_NAME if _INDEX_NAME in indices else indices[0] if len(indices) == 1 else None
+    if index is not None:
+        weight_map = read_json(contained_path(root, index)).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise MalformedCheckpointError(f"{index}: weight_map is not a map from tensor names to file names")
+            raise MalformedCheckpointError(f"{root / index}: weight_map is not a map from tensor names to file names")
         return tuple(sorted(set(weight_map.values()))), weight_map
     for name in _SINGLE_NAMES:
         if (root / name).is_file():
             return (name,), None
+    return _without_index(root), None
+
+
+def _without_index(root: Path) -> tuple[str, ...]:
     found = sorted(path.name for path in root.glob("*.safetensors"))
-    if len(found) == 1:
-        return (found[0],), None
-    problem = f"{len(found)} safetensors files and no index" if found else "no safetensors weights"
+    if len(found) == 1 and not _SHARD.match(found[0]):
+        return (found[0],)
+    shards = [match for name in found if (match := _SHARD.match(name))]
+    if shards and len(shards) == len(found) and len({(match["stem"], match["n"]) for match in shards}) == 1:
+        missing = sorted(set(range(1, int(shards[0]["n"]) + 1)) - {int(match["k"]) for match in shards})
+        if not missing:
+            return tuple(found)
+        problem = (
+            f"shards {', '.join(map(str, missing[:5]))} of {int(shards[0]['n'])} are missing, and there is no index"
+        )
+    else:
+        problem = f"{len(found)} safetensors files and no index" if found else "no safetensors weights"
     raise MalformedCheckpointError(f"{root}: {problem}", hint=f"expected model.safetensors or {_INDEX_NAME}")
 
 
@@ -182,8 +225,8 @@ def _add_tensors(
     root: Path, tensors: dict[str, TensorSpec], found: Mapping[str, TensorSpec], weight_map: dict[str, str] | None
 ) -> None:
     for name, spec in found.items():
-        if weight_map is not None and weight_map.get(name) != spec.file:
-            continue  # a copy that the index does not point at (tied tensors saved twice)
+        if weight_map is not None and weight_map.get(name, spec.file) != spec.file:
+            continue  # a copy in a file that the index does not point at (tied tensors saved twice)
         if name in tensors:
             raise MalformedCheckpointError(f"{root}: {name} is in both {tensors[name].file} and {spec.file}")
         tensors[name] = spec

@@ -1,23 +1,84 @@
-"""Open a base by what the user typed."""
+"""Open a base by what the user typed: a folder, a weights file, a GGUF file or a hub id."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lora_deploy.checkpoint import Checkpoint, CheckpointRef, open_checkpoint
-from lora_deploy.errors import InputError
+from lora_deploy.bases.hub import is_hub_id, local_folder
+from lora_deploy.bases.quantised import refuse_quantised
+from lora_deploy.checkpoint import Checkpoint, CheckpointRef, has_weights, open_checkpoint
+from lora_deploy.errors import InputError, MalformedCheckpointError
+
+_COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "tokenizer*", "*.tiktoken")
+_SAFETENSORS = ("*.safetensors", *_COMPANIONS)
+_PICKLED = ("pytorch_model*.bin", *_COMPANIONS)
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 def open_base(reference: str, *, dequantize: bool = False) -> Checkpoint:
-    """Open a folder or a ``.safetensors`` file.
+    """Open a base as a folder of safetensors files; a local path wins over a hub id of the same name.
+
+    GGUF files (with ``dequantize``) and pickled weights are converted once, below the cache folder.
 
     Raises:
-        InputError: There is no such base, or it is not what it claims to be.
+        InputError: No such base, or it is not what it claims to be, or its weights are quantised.
+        HubUnavailableError: A hub id that is not in the cache while the hub cannot be asked.
+        RecipeError: A GGUF file without ``dequantize``.
     """
-    del dequantize
-    path = Path(reference)
+    path = Path(reference).expanduser()
+    revision = None
+    if not path.exists():
+        path, revision = _from_hub(reference)
+    name = reference if revision is None else reference.partition("@")[0]
+    checkpoint = _open_path(path, CheckpointRef(name=name, revision=revision), dequantize=dequantize)
+    refuse_quantised(checkpoint)
+    return checkpoint
+
+
+def _from_hub(reference: str) -> tuple[Path, str]:
+    if not is_hub_id(reference):
+        raise InputError(
+            f"base {reference}: no such file or folder", hint="pass a folder, a weights file, or a hub id owner/name"
+        )
+    folder, revision = local_folder(reference, _SAFETENSORS)
+    if not has_weights(folder):
+        folder, revision = local_folder(reference, _PICKLED)
+    return folder, revision
+
+
+def _open_path(path: Path, ref: CheckpointRef, *, dequantize: bool) -> Checkpoint:
     if path.is_dir():
-        return open_checkpoint(path, ref=CheckpointRef(name=reference))
-    if path.suffix == ".safetensors" and path.is_file():
-        return open_checkpoint(path.parent, ref=CheckpointRef(name=reference), files=(path.name,))
-    raise InputError(f"base {reference}: no such folder or file")
+        return _open_folder(path, ref, dequantize=dequantize)
+    suffix = path.suffix.casefold()
+    if suffix == ".safetensors":
+        return open_checkpoint(path.parent, ref=ref, files=(path.name,))
+    if suffix == ".gguf":
+        from lora_deploy.bases.gguf import cached_gguf
+
+        return open_checkpoint(cached_gguf(path, dequantize=dequantize).folder, ref=ref)
+    if suffix in _PICKLE_SUFFIXES:
+        from lora_deploy.bases.torch_base import converted
+
+        return open_checkpoint(converted(path.parent, (path.name,)), ref=ref)
+    if path.name.endswith(".safetensors.index.json"):
+        return open_checkpoint(path.parent, ref=ref)
+    raise InputError(
+        f"base {path}: a {suffix or 'nameless'} file is no base", hint="expected .safetensors, .gguf or .bin"
+    )
+
+
+def _open_folder(folder: Path, ref: CheckpointRef, *, dequantize: bool) -> Checkpoint:
+    if has_weights(folder):
+        return open_checkpoint(folder, ref=ref)
+    from lora_deploy.bases.torch_base import converted, torch_files_of
+
+    if files := torch_files_of(folder):
+        return open_checkpoint(converted(folder, files), ref=ref)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return _open_path(ggufs[0], ref, dequantize=dequantize)
+    if (folder / "adapter_config.json").is_file():
+        raise MalformedCheckpointError(
+            f"base {folder}: is an adapter, not a base", hint="pass the model it was trained on"
+        )
+    return open_checkpoint(folder, ref=ref)

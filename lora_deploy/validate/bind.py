@@ -13,6 +13,7 @@ from lora_deploy.errors import RecipeError, Severity, UnmergeableAdapterError
 from lora_deploy.names import vocabulary_names
 from lora_deploy.validate.base import Base
 from lora_deploy.validate.binding import Binding, BindOptions
+from lora_deploy.validate.carried import without_adapter
 from lora_deploy.validate.combine import combine
 from lora_deploy.validate.copies import resized_copies
 from lora_deploy.validate.findings import Findings, misfit
@@ -36,6 +37,7 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     if options.weights and len(options.weights) != len(adapters):
         raise RecipeError(f"found {len(options.weights)} weights for {len(adapters)} adapters")
     findings = Findings()
+    given, (adapters, checkpoint) = tuple(adapters), without_adapter(adapters, checkpoint)
     stack, config_edits = replicated(adapters, checkpoint, findings)
     base = Base(checkpoint, stack)
     placed: list[Placed] = []
@@ -50,13 +52,13 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     outputs: dict[str, str | None] = {**stack, **dict.fromkeys(replaced.added)}
     edits = {**config_edits, **replaced.config_edits, **share(updates, outputs, adapters, base, findings)}
     combined = {name: combine(name, group, adapters, findings) for name, group in updates.items()}
-    check_companions(adapters, checkpoint, _n_tokens(base, replaced), findings)
+    findings.extend(check_companions(adapters, checkpoint, _n_tokens(base, replaced), options.tokenizer))
     if findings.has_errors:
         raise misfit(adapters, checkpoint, findings)
     outputs, combined = with_prefix(outputs, combined, placed, replaced.added, base)
     return Binding(
         checkpoint=checkpoint,
-        adapters=tuple(adapters),
+        adapters=given,
         outputs=outputs,
         updates={name: combined[name] for name in outputs if combined.get(name)},
         config_edits=edits,

@@ -21,6 +21,8 @@ class BindOptions:
     """Shell patterns of tensor names that may be changed; empty means all."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of tensor names that must not be changed; named in the record."""
+    tokenizer: str | None = None
+    """``adapter`` or ``base``: whose tokenizer is to travel; its token ids must have rows in the embedding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

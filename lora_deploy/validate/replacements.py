@@ -106,7 +106,9 @@ def _check_vocabulary(replaced: Replaced, base: Base, findings: Findings) -> Non
             is_sibling = old in base.specs[other].shape and other not in shared
             if is_sibling and rows != shape[0] and shape[0] not in replaced.shapes.get(other, base.specs[other].shape):
                 findings.error(
-                    "vocabulary-mismatch", other, f"the adapter resizes {name} from {old} to {shape[0]} rows, not this"
+                    "vocabulary-mismatch",
+                    other,
+                    f"the adapter resizes {name} from {old} to {shape[0]} rows and does not hold this",
                 )
         replaced.config_edits |= _vocabulary_edits(base.config, old, shape[0])
 

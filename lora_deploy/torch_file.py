@@ -1,0 +1,89 @@
+"""Files written by ``torch.save``: unpickled without running anything.
+
+Promise: ``weights_only=True`` or not at all; what comes back is tensors by name and nothing else, mapped where the file
+is a zip archive. This is the only code that unpickles.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_deploy.errors import InputError, UnsafeFileError
+from lora_deploy.safetensors_file import find_stand_in
+
+TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+
+_WRAPPING_KEYS = ("state_dict", "model")
+"""Lightning and litgpt save their tensors one level down."""
+_RUNS_CODE = ("Unsupported global", "GLOBAL", "REDUCE", "Unsupported class", "not an allowed", "was blocked")
+
+
+class NotTorchFileError(InputError):
+    """The bytes are no state dict; adapters and checkpoints re-raise it under their own name."""
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a pickled state dict; those that share storage still do.
+
+    Raises:
+        NotTorchFileError: Damaged, or not a map from names to tensors.
+        UnsafeFileError: A pickle that would run code.
+    """
+    try:
+        with path.open("rb") as stream:
+            stand_in = find_stand_in(stream.read(64))
+        if stand_in:
+            raise NotTorchFileError(f"{path}: {stand_in[0]}", hint=stand_in[1])
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise NotTorchFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise _unpickling_error(path, error) from error
+    except (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise NotTorchFileError(f"{path}: not a readable torch file: {_first_line(error)}") from error
+    return _state_dict(path, content)
+
+
+def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> NotTorchFileError | UnsafeFileError:
+    text = str(error)
+    if any(sign in text for sign in _RUNS_CODE):
+        return UnsafeFileError(
+            f"{path}: a pickle that would run code: {_refused_global(text)}",
+            hint="ask its author for safetensors, or convert it where running its code does no harm",
+        )
+    return NotTorchFileError(f"{path}: not a readable torch file: {_first_line(error)}")
+
+
+def _refused_global(text: str) -> str:
+    """Pick the sentence that names the object out of torch's advice on how to run it all the same."""
+    sentences = [line.strip() for line in text.splitlines() if any(sign in line for sign in _RUNS_CODE)]
+    return sentences[-1].removeprefix("WeightsUnpickler error:").strip().split(". ")[0] if sentences else "refused"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a pickle holds anything
+    if isinstance(content, Tensor):
+        raise NotTorchFileError(f"{path}: found one bare tensor of shape {tuple(content.shape)}, expected a dict")
+    for key in _WRAPPING_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise NotTorchFileError(f"{path}: found a {type(content).__name__}, expected a dict of tensors")
+    others = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if others:
+        raise NotTorchFileError(
+            f"{path}: {len(others)} of {len(content)} entries are not tensors, first {others[0]!r}",
+            hint="expected a state dict: a map from names to tensors",
+        )
+    return {key: value.detach() for key, value in content.items()}
