@@ -81,7 +81,7 @@ def chunks(
         yield from _copied(tensor, tensor.source, checkpoint)
         return
     end = 0
-    for region, updates in _regions(tensor):
+    for region, updates in regions(tensor):
         yield from _gap(tensor, checkpoint, end, region.offset, chunk_elements)
         yield from _RegionMerge(tensor, region, updates, checkpoint, device).chunks(chunk_elements)
         end = region.stop
@@ -95,16 +95,21 @@ def _copied(tensor: PlannedTensor, source: TensorSpec, checkpoint: Checkpoint) -
         yield Chunk(tensor=tensor, start=start, stop=stop, copied=copied)
 
 
-def _regions(tensor: PlannedTensor) -> list[tuple[Region, list[Update]]]:
+def regions(tensor: PlannedTensor) -> list[tuple[Region, list[Update]]]:
+    """Group a tensor's updates by the region that they change, in the order of its elements.
+
+    Raises:
+        MergeError: Two regions overlap.
+    """
     grouped: dict[Region, list[Update]] = {}
     for entry in tensor.updates:
         if isinstance(entry.update, Update):  # binding resolved every stack of experts
             grouped.setdefault(entry.region or Region.whole(tensor.spec.shape), []).append(entry.update)
-    regions = sorted(grouped.items(), key=lambda item: item[0])
-    for (before, _), (after, _) in pairwise(regions):
+    found = sorted(grouped.items(), key=lambda item: item[0])
+    for (before, _), (after, _) in pairwise(found):
         if after.offset < before.stop:
             raise MergeError(f"{tensor.spec.name}: updates of overlapping regions {before} and {after}")
-    return regions
+    return found
 
 
 def _gap(tensor: PlannedTensor, checkpoint: Checkpoint, start: int, stop: int, chunk_elements: int) -> Iterator[Chunk]:

@@ -1,0 +1,75 @@
+"""Turn what a comparison saw into one outcome; what no order of rounding explains goes to ``diagnosis``.
+
+Inconclusive. Where an update is too small for the dtype to show, the base's bytes and the merged ones are the same,
+so a merge cannot be told from none. Such bytes are still what the definition demands when they are exactly the
+definition's: they harm a verdict only if nothing else in the folder shows that the adapter was applied. Where they
+are not exactly the definition's, and only a coarser order of rounding allows them, nobody can tell, and the verdict
+is inconclusive.
+"""
+
+from __future__ import annotations
+
+from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.evidence.comparison import Comparison
+from lora_deploy.evidence.diagnosis import diagnose
+from lora_deploy.evidence.outcome import Outcome, TensorOutcome
+from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.merge.plan import MergePlan
+from lora_deploy.updates.addition import Addition
+from lora_deploy.updates.low_rank import LowRank
+
+
+def judge(comparison: Comparison, plan: MergePlan, merged: Checkpoint, *, is_ours: bool) -> TensorOutcome:
+    """Say what a stored tensor is."""
+    if comparison.error:
+        return _outcome(comparison, Outcome.NOT_FINITE, comparison.error)
+    if comparison.n_different and not comparison.orders:
+        return diagnose(comparison, plan, merged)
+    if not is_ours and _is_invisible(comparison):
+        dtype = comparison.stored.dtype.long_name
+        message = f"the update is too small for {dtype} to show: merged or not, the bytes may be these"
+        return _outcome(comparison, Outcome.INCONCLUSIVE, message)
+    if comparison.n_different:
+        order = str(comparison.orders[0])
+        message = f"{comparison.n_different} of {comparison.tensor.spec.n_elements} elements rounded otherwise: {order}"
+        return _outcome(comparison, Outcome.ROUNDED, message, order=order)
+    return _outcome(
+        comparison, Outcome.EXACT, "" if comparison.is_named_alike else f"stored as {comparison.stored.name}"
+    )
+
+
+def overall(outcomes: list[TensorOutcome], comparisons: tuple[Comparison, ...], *, is_ours: bool) -> Verdict:
+    """Sum up: one failure fails; see the module for what is inconclusive."""
+    harmless = {Outcome.EXACT, Outcome.IGNORED} if is_ours else {Outcome.EXACT, Outcome.IGNORED, Outcome.ROUNDED}
+    if any(entry.outcome not in {*harmless, Outcome.INCONCLUSIVE} for entry in outcomes):
+        return Verdict.FAIL
+    invisible = [entry for entry in outcomes if entry.outcome is Outcome.INCONCLUSIVE]
+    is_shown = any(comparison.shows_update for comparison in comparisons)
+    if invisible and (not is_shown or any(entry.n_different for entry in invisible)):
+        return Verdict.INCONCLUSIVE
+    return Verdict.PASS
+
+
+def _is_invisible(comparison: Comparison) -> bool:
+    """Whether an update that changes something left every element at the base's rounded value."""
+    if comparison.shows_update or not comparison.tensor.updates:
+        return False
+    return not all(_changes_nothing(entry.update) for entry in comparison.tensor.updates)
+
+
+def _changes_nothing(update: object) -> bool:
+    """Whether an update is zero as a matter of fact, such as an untrained module's."""
+    if isinstance(update, LowRank):
+        return not (update.scale.value and bool(update.up.any()) and bool(update.down.any()))
+    return isinstance(update, Addition) and not (update.scale.value and bool(update.values.any()))
+
+
+def _outcome(comparison: Comparison, outcome: Outcome, message: str, order: str | None = None) -> TensorOutcome:
+    return TensorOutcome(
+        name=comparison.name,
+        outcome=outcome,
+        message=message,
+        n_elements=comparison.tensor.spec.n_elements,
+        n_different=comparison.n_different,
+        order=order,
+    )
