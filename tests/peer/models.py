@@ -1,0 +1,126 @@
+"""Tiny models with random weights: one for each architecture that names, ties or stores its weights in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from tests.peer.trained import Inputs, randomize
+
+VOCABULARY = 37
+
+
+def token_ids(n_tokens: int = 9) -> Inputs:
+    """Two rows of tokens, the same for every model."""
+    generator = torch.Generator().manual_seed(5)
+    return {"input_ids": torch.randint(0, VOCABULARY, (2, n_tokens), generator=generator)}
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    return randomize(LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options})))
+
+
+def qwen2(**options: Any) -> Qwen2ForCausalLM:
+    """Biases on q, k and v."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    return randomize(Qwen2ForCausalLM(Qwen2Config(**{**sizes, **heads, **options})))
+
+
+def gpt2(**options: Any) -> GPT2LMHeadModel:
+    """Conv1D layers, one of them square (``attn.c_proj``), and a tied head."""
+    config = GPT2Config(
+        **{"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 16, **options}
+    )
+    return randomize(GPT2LMHeadModel(config))
+
+
+def gpt_neox() -> GPTNeoXForCausalLM:
+    """Saves its head as ``embed_out``, keeps it as ``lm_head``."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return randomize(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes)))
+
+
+def opt() -> OPTForCausalLM:
+    """Biases everywhere, an embedding narrower than the model, a tied head."""
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=8, max_position_embeddings=16, **sizes)
+    return randomize(OPTForCausalLM(config))
+
+
+def t5(**options: Any) -> T5ForConditionalGeneration:
+    """An encoder and a decoder that share their embedding; ``wo`` stays in float32."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return randomize(
+        T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes, **options))
+    )
+
+
+def bert(cls: type[nn.Module] = BertModel, **options: Any) -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return randomize(cls(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes, **options)))
+
+
+def distilbert(cls: type[nn.Module] = DistilBertForMaskedLM, **options: Any) -> nn.Module:
+    sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2}
+    return randomize(cls(DistilBertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes, **options)))
+
+
+class Toy(nn.Module):
+    """Modules applied one after the other."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        self.order = list(modules)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.order:
+            x = getattr(self, name)(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+class SelfAttention(nn.Module):
+    """Torch's own attention, wrapped so that it takes one input."""
+
+    def __init__(self, n_dims: int = 8) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(n_dims, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def toy(**modules: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    return randomize(Toy(**modules))
+
+
+def conv1d(n_in: int, n_out: int) -> nn.Module:
+    """GPT-2's linear layer, which stores (in, out)."""
+    return Conv1D(n_out, n_in)
