@@ -71,11 +71,11 @@ class ModuleReader:
         self._check_slots(module, slots, {"lora_A", "lora_B"}, {"lora_B.bias", "lora_magnitude_vector", "lora_diag"})
         down, up = self._factors(slots, "lora_A", "lora_B", n_dims=(2, 3, 4, 5))
         n_parts = sum(self.config.enable_lora or ()) or 1
-        rank, scale = self.scales.of(module, down.shape[0] // n_parts)
+        _, scale = self.scales.of(module, down.shape[0] // n_parts)
         is_convolution = down.ndim > 2 and self.config.enable_lora is None
         if is_convolution and (self.config.residual_method or self.config.kasa_config is not None):
             raise self._malformed(module, "PiSSA, OLoRA and KaSA are not PEFT's for convolutions")
-        down, up = self._dense(module, rank, down, up)
+        down, up = self._dense(module, down, up)
         plain = low_rank(self.file, module, down, up, scale)
         update = self._with_magnitude(module, self._on_base(module, plain, slots), slots, "rows")
         bias_key = slots.get("lora_B.bias")
@@ -202,7 +202,7 @@ class ModuleReader:
         update = Addition(values=values, scale=scale)
         yield ModuleUpdate(target=_join(module, "bias"), update=update, orientation=Orientation.STORED, keys=(key,))
 
-    def _dense(self, module: str, rank: int, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    def _dense(self, module: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Expand block-diagonal (BD-LoRA) and merged (peft <= 0.2) factors to plain ones."""
         if self.config.enable_lora is not None:
             return dense_factors(self.file, module, down, up.flatten(1), self.config.enable_lora)
@@ -213,8 +213,9 @@ class ModuleReader:
         in_b = any(pattern in module for pattern in blocks.target_modules_bd_b or ())
         if (in_a and in_b) or (blocks.match_strict and not (in_a or in_b)):
             raise self._malformed(module, f"matches {'both' if in_a else 'none'} of target_modules_bd_a and _bd_b")
-        if (in_a or in_b) and (rank % blocks.nblocks or down.ndim != 2 or up.shape[0] % blocks.nblocks):
-            raise self._malformed(module, f"factors do not split into nblocks {blocks.nblocks}")
+        blocked = down if in_a else up
+        if (in_a or in_b) and (blocked.ndim != 2 or blocked.shape[0] % blocks.nblocks):
+            raise self._malformed(module, f"{tuple(blocked.shape)} does not split into nblocks {blocks.nblocks}")
         if in_a:
             down = torch.block_diag(*down.chunk(blocks.nblocks))
         if in_b:
