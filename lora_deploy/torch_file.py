@@ -7,6 +7,8 @@ is a zip archive. This is the only code that unpickles.
 from __future__ import annotations
 
 import pickle
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +43,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             stand_in = find_stand_in(stream.read(64))
         if stand_in:
             raise NotTorchFileError(f"{path}: {stand_in[0]}", hint=stand_in[1])
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # read or refused, whichever protocol
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise NotTorchFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
@@ -52,19 +56,36 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> NotTorchFileError | UnsafeFileError:
-    text = str(error)
-    if any(sign in text for sign in _RUNS_CODE):
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line.removeprefix("WeightsUnpickler error:").strip() for line in lines if _names_code(line)]
+    called = reasons[-1].partition(". ")[0] if reasons else _named_global(path)
+    if called:
         return UnsafeFileError(
-            f"{path}: a pickle that would run code: {_refused_global(text)}",
+            f"{path}: a pickle that would run code: {called}",
             hint="ask its author for safetensors, or convert it where running its code does no harm",
         )
-    return NotTorchFileError(f"{path}: not a readable torch file: {_first_line(error)}")
+    return NotTorchFileError(f"{path}: not a readable torch file", hint="download or save the file again")
 
 
-def _refused_global(text: str) -> str:
-    """Pick the sentence that names the object out of torch's advice on how to run it all the same."""
-    sentences = [line.strip() for line in text.splitlines() if any(sign in line for sign in _RUNS_CODE)]
-    return sentences[-1].removeprefix("WeightsUnpickler error:").strip().split(". ")[0] if sentences else "refused"
+def _names_code(line: str) -> bool:
+    return any(sign in line for sign in _RUNS_CODE)
+
+
+def _named_global(path: Path) -> str | None:
+    """Look for a global in a plain pickle of a protocol that torch does not read; nothing is executed."""
+    words: list[str] = []
+    try:
+        with path.open("rb") as stream:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in {"GLOBAL", "INST"}:
+                    return f"it names {argument}"
+                if opcode.name == "STACK_GLOBAL":
+                    return f"it names {' '.join(words[-2:])}"
+                if isinstance(argument, str):
+                    words.append(argument)
+    except (ValueError, OSError):
+        return None
+    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from lora_deploy.errors import InputError, MalformedCheckpointError
 _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "tokenizer*", "*.tiktoken")
 _SAFETENSORS = ("*.safetensors", *_COMPANIONS)
 _PICKLED = ("pytorch_model*.bin", *_COMPANIONS)
-_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})  # as torch_file's, which imports torch
 
 
 def open_base(reference: str, *, dequantize: bool = False) -> Checkpoint:
