@@ -111,20 +111,20 @@ def train(
     folder: Path,
     *,
     base: Path | None = None,
-    change: Callable[[PeftModel], None] | None = None,
+    before: Callable[[PeftModel], None] | None = None,
     **saving: Any,
 ) -> Trained:
     """Adapt, perturb and save.
 
-    ``base`` is where the model came from, if its base is not simply the model itself; ``change`` does more to the
-    adapted model before it is saved.
+    ``base`` is where the model came from, if its base is not simply the model itself; ``before`` sees the adapted
+    model at its start.
     """
     base = base or save_base(model, folder / "base")
     with peft_advice_unheard():
         trained = get_peft_model(copy.deepcopy(model), config)
+        if before is not None:
+            before(trained)
         perturb(trained)
-        if change is not None:
-            change(trained)
         trained.eval().save_pretrained(folder / "adapter", **saving)
     return Trained(
         base=base, adapter=folder / "adapter", model=trained.double(), bare=copy.deepcopy(model).double().eval()
