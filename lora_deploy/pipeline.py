@@ -12,16 +12,24 @@ name. Promise: no stage is skipped, none is run twice, and what a stage found is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+from pydantic import TypeAdapter
 
 from lora_deploy.adapter import Adapter, BaseHint
 from lora_deploy.adapters.interface import ReadOptions
 from lora_deploy.adapters.open import read_adapter
 from lora_deploy.bases import open_base
-from lora_deploy.errors import RecipeError
+from lora_deploy.bases.hub import is_hub_id, local_folder
+from lora_deploy.bases.quantised import sixteen_bit_original
+from lora_deploy.checkpoint import Checkpoint, CheckpointRef, open_checkpoint
+from lora_deploy.companions import companion_files
+from lora_deploy.errors import InconclusiveError, InputError, RecipeError, ReplayError
+from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
 from lora_deploy.merge.execute import Merged, execute
@@ -29,7 +37,12 @@ from lora_deploy.merge.identity import base_artifacts
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
+from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, read_record
+from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding, BindOptions, bind
+
+if TYPE_CHECKING:
+    from lora_deploy.evidence.replay import ReplayReport
 
 __all__ = [
     "base_artifacts",
@@ -41,8 +54,13 @@ __all__ = [
     "named_base",
     "plan",
     "require_disk",
+    "require_pass",
     "validate",
+    "verify",
 ]
+
+_ADAPTER_FILES = ("adapter_*", "*.safetensors", "*.bin", "*.json", "*.txt", "*.jinja", "*.model")
+"""What of an adapter's hub repository is fetched: weights, configuration, and what may travel with them."""
 
 Reference: TypeAlias = "str | PathLike[str]"
 """A path, or a hub id ``owner/name[@revision]``."""
@@ -74,7 +92,6 @@ def validate(
         RecipeError: No base is named, or the options contradict each other.
     """
     read = [_read(adapter, read_options) for adapter in _several(adapters)]
-    _check_weights(read, bind_options)
     checkpoint = open_base(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
     return bind(read, checkpoint, bind_options)
 
@@ -100,8 +117,13 @@ def plan(
 def plan_binding(
     binding: Binding, *, read_options: ReadOptions | None = None, merge_options: MergeOptions | None = None
 ) -> MergePlan:
-    """Plan the merge of a binding."""
-    return plan_merge(binding, merge_options or MergeOptions(), read_options=read_options)
+    """Plan the merge of a binding, with the files that travel.
+
+    Raises:
+        LoraDeployError: As ``plan``.
+    """
+    companions = companion_files(binding.adapters, binding.checkpoint, binding.options.tokenizer)
+    return plan_merge(binding, merge_options or MergeOptions(), read_options=read_options, companions=companions)
 
 
 def merge(
@@ -131,6 +153,68 @@ def merge(
     return execute(planned, Path(output) if output is not None else default_output(planned), progress=progress)
 
 
+def verify(
+    folder: Reference | None = None,
+    *,
+    adapters: References = (),
+    base: Reference | None = None,
+    read_options: ReadOptions | None = None,
+    bind_options: BindOptions | None = None,
+    merge_options: MergeOptions | None = None,
+    dequantize: bool = False,
+    progress: Progress | None = None,
+) -> ReplayReport:
+    """Replay a merged checkpoint; without a folder, the current one if it holds our record.
+
+    Where the folder holds our record, that says what was merged and how, and every byte must match; ``adapters`` and
+    ``base`` then only say where the inputs lie now. Any other folder needs ``adapters``. Of ``merge_options`` only
+    memory, device and workers matter.
+
+    Raises:
+        RecipeError: Nothing says what was merged, or an option contradicts the record.
+        InputError: An input is not the recorded one.
+        LoraDeployError: As ``validate``.
+    """
+    from lora_deploy.evidence.replay import replay
+
+    root = _merged_folder(folder)
+    options = merge_options or MergeOptions()
+    if (root / RECORD_NAME).is_file():
+        if read_options or bind_options:
+            raise RecipeError(
+                f"{root}: its {RECORD_NAME} says with which options it was merged",
+                hint="give none but --adapter and --base, which say where the inputs lie now",
+            )
+        planned = _recorded_plan(read_record(root), _several(adapters), base, options, progress)
+        return replay(planned, root, is_ours=True, progress=progress)
+    if not _several(adapters):
+        raise RecipeError(f"{root}: has no {RECORD_NAME}, so what was merged is unknown", hint="pass --adapter")
+    planned = plan(
+        adapters,
+        base=base,
+        read_options=read_options,
+        bind_options=bind_options,
+        merge_options=replace(options, dtype="base"),
+        dequantize=dequantize,
+    )
+    return replay(planned, root, progress=progress)
+
+
+def require_pass(report: ReplayReport, folder: Reference) -> None:
+    """Turn a verdict into an exception.
+
+    Raises:
+        ReplayError: Stored weights contradict the definition.
+        InconclusiveError: They could not be checked.
+    """
+    if report.verdict is Verdict.PASS:
+        return
+    counts = ", ".join(f"{n} {outcome.value}" for outcome, n in report.counts.items() if not outcome.is_sound)
+    if report.verdict is Verdict.FAIL:
+        raise ReplayError(f"{fspath(folder)}: is not the merge of its base and adapters: {counts}")
+    raise InconclusiveError(f"{fspath(folder)}: could not be verified: {counts}")
+
+
 def default_output(planned: MergePlan) -> Path:
     """Name the folder that a merge goes to when nobody says: ``<adapter-name>-merged``, here."""
     return Path("+".join(adapter.name for adapter in planned.binding.adapters) + "-merged")
@@ -141,14 +225,17 @@ def named_base(adapters: Sequence[Adapter]) -> str:
 
     Raises:
         RecipeError: None of them does, or they name different ones.
+        InputError: By its name it is quantised, and the hint is the 16-bit original's name.
     """
     named = {hint: adapter for adapter in adapters if (hint := _as_reference(adapter.base_hint))}
     if len({hint.partition("@")[0] for hint in named}) > 1 or len({hint for hint in named if "@" in hint}) > 1:
         listed = ", ".join(f"{adapter.name} names {hint}" for hint, adapter in named.items())
         raise RecipeError(f"adapters were trained on different bases: {listed}", hint="choose one with --base")
     if named:
-        return max(named, key=lambda hint: "@" in hint)
-    carriers = {adapter.path for adapter in adapters if adapter.base_names}
+        base = max(named, key=lambda hint: "@" in hint)
+        _refuse_quantised_name(named[base], base)
+        return base
+    carriers = {adapter.path for adapter in adapters if _carries_base(adapter)}
     if len(carriers) == 1:
         return str(carriers.pop())
     paths = ", ".join(str(adapter.path) for adapter in adapters)
@@ -163,18 +250,85 @@ def _as_reference(hint: BaseHint) -> str:
     return f"{hint.name}@{hint.revision}" if hint.revision and not Path(hint.name).exists() else hint.name
 
 
+def _refuse_quantised_name(adapter: Adapter, base: str) -> None:
+    original = None if Path(base).exists() else sixteen_bit_original(base.partition("@")[0])
+    if original is not None:
+        raise InputError(
+            f"{adapter.path}: was trained on {base}, which is quantised: packed weights cannot take an update",
+            hint=f"merge it into the 16-bit original: --base {original}",
+            code="quantised-base",
+        )
+
+
+def _carries_base(adapter: Adapter) -> bool:
+    """Whether the file holds every tensor that it changes: one state dict with the LoRA parameters in it."""
+    changed = {entry.target for entry in adapter.updates if not isinstance(entry.update, Replacement)}
+    return bool(changed) and changed <= adapter.base_names
+
+
 def _read(adapter: Reference, options: ReadOptions | None) -> Adapter:
-    return read_adapter(Path(adapter), options)
+    """Read an adapter from where a path or a hub id leads."""
+    path = Path(adapter).expanduser()
+    if not path.exists() and is_hub_id(fspath(adapter)):
+        path, _ = local_folder(fspath(adapter), _ADAPTER_FILES)
+    return read_adapter(path, options)
 
 
-def _several(references: References) -> Iterable[Reference]:
+def _several(references: References) -> Sequence[Reference]:
     return [references] if isinstance(references, str | PathLike) else references
 
 
-def _check_weights(adapters: Sequence[Adapter], options: BindOptions | None) -> None:
-    n_weights = len(options.weights) if options else 0
-    if n_weights not in {0, len(adapters)}:
-        raise RecipeError(
-            f"weights: found {n_weights}, expected one for each of the {len(adapters)} adapters, or none",
-            hint="give --weight once for each adapter, in their order",
-        )
+def _merged_folder(folder: Reference | None) -> Path:
+    root = Path(folder) if folder is not None else Path()
+    if folder is None and not (root / RECORD_NAME).is_file():
+        raise RecipeError(f"the current folder holds no {RECORD_NAME}", hint="name the merged folder")
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    return root
+
+
+def _recorded_plan(
+    record: MergeRecord,
+    adapters: Sequence[Reference],
+    base: Reference | None,
+    options: MergeOptions,
+    progress: Progress | None,
+) -> MergePlan:
+    """Plan the recorded merge again, from inputs that are proven to be the recorded ones."""
+    read_options = TypeAdapter(ReadOptions).validate_python(record.options["read"])
+    bind_options = TypeAdapter(BindOptions).validate_python(record.options["bind"])
+    read = [_read(adapter, read_options) for adapter in adapters or [entry.path for entry in record.adapters]]
+    _check_digests(
+        "adapter",
+        {str(adapter.path): adapter.sha256 for adapter in read},
+        [entry.sha256 for entry in record.adapters],
+    )
+    checkpoint = _recorded_base(record.base) if base is None else open_base(fspath(base))
+    files = base_artifacts(checkpoint, progress)
+    _check_digests(
+        "base",
+        {str(checkpoint.root / file.path): file.sha256 for file in files},
+        [file.sha256 for file in record.base.files],
+    )
+    binding = bind(read, checkpoint, bind_options)
+    return plan_binding(binding, read_options=read_options, merge_options=replace(options, **record.options["merge"]))
+
+
+def _recorded_base(recorded: RecordedBase) -> Checkpoint:
+    root = Path(recorded.root)
+    if not root.is_dir():
+        return open_base(f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name)
+    lone = tuple(file.path for file in recorded.files) if len(recorded.files) == 1 else None
+    return open_checkpoint(root, ref=CheckpointRef(name=recorded.name, revision=recorded.revision), files=lone)
+
+
+def _check_digests(what: str, found: Mapping[str, str], expected: Sequence[str]) -> None:
+    if len(found) != len(expected):
+        raise InputError(f"{what}: found {len(found)} files, the record names {len(expected)}", code="input-changed")
+    for (path, sha256), recorded in zip(found.items(), expected, strict=True):
+        if sha256 != recorded:
+            raise InputError(
+                f"{path}: sha256 {sha256[:12]}…, the record says {recorded[:12]}…: not the {what} that was merged",
+                hint=f"say with --{what} where that lies now",
+                code="input-changed",
+            )

@@ -15,6 +15,7 @@ from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
 from lora_deploy.cli.screen import Screen
 from lora_deploy.cli.validate import validate
+from lora_deploy.cli.verify import verify
 from lora_deploy.errors import LoraDeployError
 
 _BUG, _INTERRUPTED = 70, 130
@@ -59,7 +60,7 @@ class CommandLine(click.Group):
     epilog="Sizes are decimal (5GB), GiB is accepted. Exit status: 0 done, 2 usage, 3 unusable input, 4 adapter and "
     "base do not fit, 5 merge failed, 7 verification failed, 10 could not be verified, 70 a bug, 130 interrupted.",
 )
-@click.version_option(package_name="lora-deploy")
+@click.version_option(package_name="lora-deploy", prog_name="lora-deploy")
 def main() -> None:
     """Merge trained LoRA adapters into their base model, exactly, and check the result.
 
@@ -72,5 +73,5 @@ def main() -> None:
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
-for _command in (inspect, validate, merge):
+for _command in (inspect, validate, merge, verify):
     main.add_command(_command)

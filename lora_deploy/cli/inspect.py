@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_deploy.inspection import Inspection, ModuleReport
 
 
-@click.command()
+@click.command(short_help="Show what an adapter holds.")
 @click.argument("adapter")
 @read_options
 @output_options

@@ -21,7 +21,7 @@ from lora_deploy.cli.screen import Screen
 from lora_deploy.merge.options import MergeOptions
 
 
-@click.command()
+@click.command(short_help="Merge adapters into their base model.")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @base_option
 @click.option(

@@ -30,6 +30,11 @@ def chosen(options_type: type[T], choices: Mapping[str, Any]) -> T:
     return options_type(**{name: choices[name] for name in names if name in choices})
 
 
+def unless_default(options: T) -> T | None:
+    """Give None in place of options that the user left alone."""
+    return None if options == type(options)() else options
+
+
 def _set_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     ctx.ensure_object(Screen).is_quiet = value
 

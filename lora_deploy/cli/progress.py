@@ -15,6 +15,7 @@ import click
 from lora_deploy.cli.numbers import format_seconds, format_size
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
 
     from lora_deploy.merge.progress import Progress
@@ -36,7 +37,6 @@ class TerminalProgress:
 
     def start(self, label: str, n_bytes: int) -> None:
         """Draw an empty bar."""
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.progress import TransferSpeedColumn as Rate
 
@@ -46,7 +46,7 @@ class TerminalProgress:
             DownloadColumn(),
             Rate(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=_console(),
             transient=True,
         )
         self._bar.add_task(label, total=n_bytes)
@@ -98,6 +98,12 @@ class LogProgress:
         """Say what was done in what time."""
         seconds = time.monotonic() - self._started
         _log(f"{self._label}: {format_size(self._n_done)} in {format_seconds(seconds)}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def _log(text: str) -> None:

@@ -63,7 +63,7 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
         table.add_column(Text(headers[0]), overflow="fold")
         for header in headers[1:]:
             table.add_column(Text(header), justify="right", no_wrap=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_deploy.validate import Binding
 
 
-@click.command()
+@click.command(short_help="Check that adapters fit a base; list every misfit at once.")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @base_option
 @bind_options

@@ -19,7 +19,7 @@ from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
 
-_DECIDING = ("dtype", "max_shard_bytes", "tokenizer")
+_DECIDING = ("dtype", "max_shard_bytes")
 
 
 def identify(plan: MergePlan, progress: Progress | None) -> dict[str, Any]:

@@ -18,8 +18,5 @@ class MergeOptions:
     """Private memory of this process that the plan may use, interpreter included."""
     n_workers: int | None = None
     """Threads that compute row blocks; None is the number of usable cores."""
-    tokenizer: str | None = None
-    """``adapter`` or ``base``: whose tokenizer, template and generation files travel; None is the adapter's where it
-    has its own, else the base's."""
     fresh: bool = False
     """Replace a finished or unfinished other merge at the output, after this one succeeded."""
