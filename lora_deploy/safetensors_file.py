@@ -27,6 +27,7 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _FLUSH_BYTES = 1 << 25
 _MAX_DIMENSION = 1 << 48
+_OTHER_FORMATS = {b"PK\x03\x04": "a zip archive, as torch.save writes", b"GGUF": "a GGUF file", b"\x80\x02": "a pickle"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +179,9 @@ def _header_length(path: Path, prefix: bytes, n_file_bytes: int) -> int:
     if len(prefix) < _LENGTH_BYTES:
         raise NotSafetensorsError(f"{path}: {n_file_bytes} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
+    other = next((name for magic, name in _OTHER_FORMATS.items() if prefix.startswith(magic)), None)
+    if other and _LENGTH_BYTES + length > n_file_bytes:
+        raise NotSafetensorsError(f"{path}: not a safetensors file: it is {other}")
     if length > MAX_HEADER_BYTES:
         raise NotSafetensorsError(
             f"{path}: not a safetensors file: header length {length}, at most {MAX_HEADER_BYTES} is allowed"
