@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPVisionConfig,
     DistilBertConfig,
     DistilBertForMaskedLM,
     GPT2Config,
@@ -18,12 +18,18 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -90,6 +96,39 @@ def distilbert(cls: type[nn.Module] = DistilBertForMaskedLM, **options: Any) -> 
     return randomize(cls(DistilBertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes, **options)))
 
 
+def vit(cls: type[nn.Module] = ViTForImageClassification, **options: Any) -> nn.Module:
+    """Renamed in memory: ``encoder.layer.0.attention.attention.query`` is ``layers.0.attention.q_proj``."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return randomize(cls(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes, **options)))
+
+
+def whisper() -> WhisperForConditionalGeneration:
+    """A head, ``proj_out``, that is the decoder's embedding."""
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_mel_bins": 4}
+    places = {"max_source_positions": 10, "max_target_positions": 16}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = WhisperConfig(
+        vocab_size=VOCABULARY, suppress_tokens=None, begin_suppress_tokens=None, **sizes, **heads, **places, **tokens
+    )
+    return randomize(WhisperForConditionalGeneration(config))
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """Every tensor has another name on disk than in memory."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    return randomize(
+        LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=3))
+    )
+
+
+def images() -> Inputs:
+    generator = torch.Generator().manual_seed(5)
+    return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)}
+
+
 class Toy(nn.Module):
     """Modules applied one after the other."""
 
@@ -117,7 +156,7 @@ class SelfAttention(nn.Module):
         return self.attn(x, x, x, need_weights=False)[0]
 
 
-def toy(**modules: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+def toy(**modules: nn.Module) -> nn.Module:
     return randomize(Toy(**modules))
 
 

@@ -166,7 +166,7 @@ def reload(model: nn.Module, folder: Path, *, ignored: frozenset[str] = frozense
     if isinstance(model, PreTrainedModel):
         loaded, report = type(model).from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
         assert not report["missing_keys"]
-        assert set(report["unexpected_keys"]) == ignored
+        assert set(report["unexpected_keys"]) == ignored, report["unexpected_keys"]
         assert not report["mismatched_keys"]
         return loaded.double().eval()
     loaded = copy.deepcopy(model)
