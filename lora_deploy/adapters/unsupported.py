@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_deploy.adapters.interface import AdapterFile
 from lora_deploy.adapters.keys import PEFT_SLOT
@@ -87,11 +89,7 @@ def refuse_format(file: AdapterFile) -> None:
         UnmergeableAdapterError: A ``peft_type`` that no weights can express.
     """
     if file.config is not None:
-        peft_type = file.config.get("peft_type")
-        if peft_type is not None:
-            refuse_peft_type(file.path, str(peft_type))
-        elif _MLX_CONFIG_KEYS & set(file.config):
-            raise _unsupported(file.path, "MLX")
+        refuse_configuration(file.path, file.config)
         if any(PEFT_SLOT.search(key) for key in file.tensors):
             return
     for name, sign in _BY_KEY:
@@ -100,20 +98,25 @@ def refuse_format(file: AdapterFile) -> None:
             raise _unsupported(file.path, name, f" ({key})")
 
 
-def refuse_peft_type(path: Path, peft_type: str) -> None:
-    """Refuse every ``peft_type`` but LORA, with the reason.
+def refuse_configuration(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse the configuration of another format, and every ``peft_type`` but LORA, with the reason.
 
     Raises:
         UnknownAdapterFormatError: Not read yet, or not PEFT's.
         UnmergeableAdapterError: No weights can express it.
     """
-    if peft_type == "LORA":
+    peft_type = config.get("peft_type")
+    if peft_type is None:
+        if _MLX_CONFIG_KEYS & set(config):
+            raise _unsupported(path, "MLX")
         return
+    peft_type = str(peft_type)
     if peft_type in PEFT_NEVER:
         raise UnmergeableAdapterError(f"{path}: PEFT {peft_type} cannot be merged: {PEFT_NEVER[peft_type]}")
     if peft_type in PEFT_LATER:
         raise _unsupported(path, f"PEFT {peft_type}")
-    raise UnknownAdapterFormatError(f"{path}: peft_type {peft_type!r} is none of peft <= 0.21.2")
+    if peft_type != "LORA":
+        raise UnknownAdapterFormatError(f"{path}: peft_type {peft_type!r} is none of peft <= 0.21.2")
 
 
 def _unsupported(path: Path, name: str, evidence: str = "") -> UnknownAdapterFormatError:
