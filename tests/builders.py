@@ -27,7 +27,7 @@ def make_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(dict(config)))
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     if n_shards == 1:
         save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
         return open_checkpoint(folder)
