@@ -28,4 +28,4 @@ class Kasa(WithoutComponent):
         rank = self.low_rank.rank
         self.check_rank(min(weight.shape) - 1)
         left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
-        return Component(left=left[:, -rank:] * sizes[-rank:], right=right[-rank:])
+        return Component(left=left[:, -rank:] * sizes[-rank:], right=right[-rank:].clone())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Component:
-    """A matrix ``left @ right`` that is taken out of the weight."""
+    """A matrix ``left @ right`` that is taken out of the weight; it holds no more memory than its own."""
 
     left: Tensor
     """(n_rows, k) float64."""
@@ -106,6 +106,6 @@ class Residual(WithoutComponent):
         self.check_rank(min(weight.shape))
         if self.method == "pissa":
             left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
-            return Component(left=left[:, :rank] * sizes[:rank], right=right[:rank])
+            return Component(left=left[:, :rank] * sizes[:rank], right=right[:rank].clone())
         left, right = torch.linalg.qr(weight)
-        return Component(left=left[:, :rank] * self.low_rank.scale.value, right=right[:rank])
+        return Component(left=left[:, :rank] * self.low_rank.scale.value, right=right[:rank].clone())
