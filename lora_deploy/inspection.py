@@ -81,7 +81,7 @@ class Inspection:
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
-    """Measure every update of an adapter, on one thread, in float64."""
+    """Measure every update of an adapter, in float64."""
     modules = tuple(_report(module_update) for module_update in adapter.updates)
     return Inspection(
         path=adapter.path,

@@ -12,6 +12,7 @@ name. Promise: no stage is skipped, none is run twice, and what a stage found is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -209,7 +210,8 @@ def require_pass(report: ReplayReport, folder: Reference) -> None:
     """
     if report.verdict is Verdict.PASS:
         return
-    counts = ", ".join(f"{n} {outcome.value}" for outcome, n in report.counts.items() if not outcome.is_sound)
+    found = Counter(entry.outcome.value for entry in report.faults)
+    counts = ", ".join(f"{n} {outcome}" for outcome, n in found.items())
     if report.verdict is Verdict.FAIL:
         raise ReplayError(f"{fspath(folder)}: is not the merge of its base and adapters: {counts}")
     raise InconclusiveError(f"{fspath(folder)}: could not be verified: {counts}")

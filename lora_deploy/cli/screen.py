@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_deploy.merge.progress import Progress
 
 _UNLIMITED_COLUMNS = 1 << 20
+_MAX_FINDINGS = 20
 _COLORS = {Severity.ERROR: "red", Severity.WARN: "yellow", Severity.NOTE: "cyan"}
 
 
@@ -78,13 +79,16 @@ class Screen:
 
     def findings(self, findings: Iterable[Finding]) -> None:
         """Print what was noticed, gravest first."""
-        ordered = sorted(findings, key=lambda finding: list(_COLORS).index(finding.severity))
+        everything = sorted(findings, key=lambda finding: list(_COLORS).index(finding.severity))
+        ordered = everything[:_MAX_FINDINGS]
         width = max((len(finding.code) for finding in ordered), default=0)
         for finding in ordered:
             severity = click.style(f"{finding.severity.value:5}", fg=_COLORS[finding.severity])
             self.line(f"  {severity} {finding.code:{width}}  {finding.target}: {finding.message}")
             if finding.source:
                 self.line(f"  {'':5} {'':{width}}  from {finding.source}")
+        if len(everything) > len(ordered):
+            self.line(f"  … and {len(everything) - len(ordered)} more (--json lists all)")
 
     def progress(self) -> Progress | None:
         """Give what long work tells its progress to; None with ``-q``."""

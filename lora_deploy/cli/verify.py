@@ -22,7 +22,6 @@ from lora_deploy.cli.screen import Screen
 from lora_deploy.merge.options import MergeOptions
 
 if TYPE_CHECKING:
-    from lora_deploy.evidence.outcome import TensorOutcome
     from lora_deploy.evidence.replay import ReplayReport
 
 N_SHOWN = 20
@@ -91,12 +90,7 @@ def _show(screen: Screen, report: ReplayReport, folder: Path) -> None:
             ("compared", f"{format_size(report.n_bytes)} in {format_seconds(report.seconds)}, {format_size(rate)}/s"),
         ]
     )
-    worst = sorted((entry for entry in report.outcomes if not entry.outcome.is_sound), key=_is_inconclusive)
-    for entry in worst[:N_SHOWN]:
+    for entry in report.faults[:N_SHOWN]:
         screen.line(f"  {entry.outcome.value:17}  {entry.name}{f': {entry.message}' if entry.message else ''}")
-    if len(worst) > N_SHOWN:
-        screen.line(f"  … and {len(worst) - N_SHOWN} more (--json lists all)")
-
-
-def _is_inconclusive(entry: TensorOutcome) -> bool:
-    return entry.outcome.value == "inconclusive"
+    if len(report.faults) > N_SHOWN:
+        screen.line(f"  … and {len(report.faults) - N_SHOWN} more (--json lists all)")

@@ -44,6 +44,15 @@ class ReplayReport:
     """Stored bytes that were compared."""
     tolerance: str
     seconds: float
+    is_ours: bool
+    """Whether every byte had to match."""
+
+    @property
+    def faults(self) -> tuple[TensorOutcome, ...]:
+        """What speaks against the folder, then what could not be checked."""
+        harmless = {Outcome.EXACT, Outcome.IGNORED} if self.is_ours else {o for o in Outcome if o.is_sound}
+        found = [entry for entry in self.outcomes if entry.outcome not in harmless]
+        return tuple(sorted(found, key=lambda entry: entry.outcome is Outcome.INCONCLUSIVE))
 
     @property
     def counts(self) -> dict[Outcome, int]:
@@ -88,6 +97,7 @@ def replay(plan: MergePlan, folder: Path, *, is_ours: bool = False, progress: Pr
         n_bytes=sum(comparison.stored.n_bytes for comparison in pairing.comparisons),
         tolerance=_TOLERANCE_OURS if is_ours else _TOLERANCE,
         seconds=time.monotonic() - started,
+        is_ours=is_ours,
     )
 
 

@@ -89,3 +89,12 @@ def test_a_document_holds_dataclasses_paths_and_no_nan(capsys: pytest.CaptureFix
         "shape": [2, 3],
         "more": True,
     }
+
+
+def test_hundreds_of_findings_are_cut_short_with_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().findings(
+        Finding(code="n", severity=Severity.NOTE, target=f"layers.{k}", message="square") for k in range(150)
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "  … and 130 more (--json lists all)"
