@@ -23,6 +23,8 @@ _FACTOR = re.compile(
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<name>[^.]+))?$")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<parameter>.+)$")
+_SAVED_TWICE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<parameter>[^.]+)$")
+"""An embedding that is resized and in ``modules_to_save``: PEFT saves it once under its name and once like this."""
 _ORIGINAL = re.compile(r"\.original_module\.|\.token_adapter\.trainable_tokens_original(\.|$)")
 _TRAINING_ONLY = re.compile(r"\.lora_(velora_\w+|monteclora_sampler)(\.|$)|\.lora_dropout\.")
 _PROMPT = re.compile(r"(^|\.)(prompt_embeddings|prompt_encoder|adaption_prompt|adaption_gate)(\.|$)")
@@ -64,7 +66,12 @@ def sort_keys(path: Path, keys: Iterable[str], adapter_name: str | None) -> KeyT
     table = KeyTable()
     plain = {key: name for key, name in names.items() if not _sort_slot(path, table, key, name, chosen)}
     for key, name in plain.items():
-        _sort_plain(path, table, key, name)
+        second = _SAVED_TWICE.match(name)
+        name_once = f"{second['module']}.{second['parameter']}" if second else name
+        if second and name_once in plain.values():
+            table.ignore("saved a second time, under its own name too", key)
+        else:
+            _sort_plain(path, table, key, name_once)
     return table
 
 

@@ -167,6 +167,16 @@ def test_what_only_training_used_is_put_aside() -> None:
     assert sorted(key for group in table.ignored.values() for key in group) == sorted(keys)
 
 
+def test_a_resized_and_saved_embedding_is_read_once_though_peft_saves_it_twice() -> None:
+    keys = ["tok.weight", "tok.modules_to_save.weight", "tok.original_module.weight", "head.modules_to_save.weight"]
+    table = sort_keys(FILE, keys, None)
+    assert table.tensors == {"tok.weight": keys[0], "head.weight": keys[3]}
+    assert table.ignored == {
+        "saved a second time, under its own name too": [keys[1]],
+        "the original of a module that training replaced": [keys[2]],
+    }
+
+
 def test_lora_inside_a_module_that_is_saved_whole_is_an_error() -> None:
     with pytest.raises(MalformedAdapterError, match="LoRA inside a module that is saved whole"):
         sort_keys(FILE, ["head.modules_to_save.default.q.lora_X.weight"], None)
