@@ -129,6 +129,23 @@ def images() -> Inputs:
     return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)}
 
 
+def translation() -> Inputs:
+    tokens = token_ids()["input_ids"]
+    return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+
+
+def speech() -> Inputs:
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(2, 4, 20, generator=generator, dtype=torch.float64)
+    return {"input_features": features, "decoder_input_ids": token_ids()["input_ids"]}
+
+
+def image_and_text() -> Inputs:
+    tokens = token_ids()["input_ids"].clamp(min=4)
+    tokens[:, 1:5] = 3  # one place for each of the four patches
+    return {"input_ids": tokens, **images()}
+
+
 class Toy(nn.Module):
     """Modules applied one after the other."""
 

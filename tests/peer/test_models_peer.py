@@ -29,13 +29,16 @@ from tests.peer.models import (
     distilbert,
     gpt2,
     gpt_neox,
+    image_and_text,
     images,
     llama,
     llava,
     opt,
     qwen2,
+    speech,
     t5,
     token_ids,
+    translation,
     vit,
     whisper,
 )
@@ -48,23 +51,6 @@ from tests.peer.trained import (
     tensors_of,
     train,
 )
-
-
-def _translation() -> Inputs:
-    tokens = token_ids()["input_ids"]
-    return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
-
-
-def _speech() -> Inputs:
-    generator = torch.Generator().manual_seed(5)
-    features = torch.randn(2, 4, 20, generator=generator, dtype=torch.float64)
-    return {"input_features": features, "decoder_input_ids": token_ids()["input_ids"]}
-
-
-def _image_and_text() -> Inputs:
-    tokens = token_ids()["input_ids"].clamp(min=4)
-    tokens[:, 1:5] = 3  # one place for each of the four patches
-    return {"input_ids": tokens, **images()}
 
 
 def _t5_with_a_head() -> nn.Module:
@@ -89,20 +75,20 @@ ARCHITECTURES = [
     Architecture("Llama with every bias", lambda: llama(attention_bias=True, mlp_bias=True), ["o_proj", "down_proj"]),
     Architecture("GPT-NeoX", gpt_neox, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "lm_head"]),
     Architecture("OPT", opt, ["q_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"]),
-    Architecture("T5", t5, ["q", "k", "v", "o", "wi", "wo"], _translation),
-    Architecture("T5 with a head of its own", _t5_with_a_head, ["q", "wo", "lm_head"], _translation),
-    Architecture("gated T5", lambda: t5(feed_forward_proj="gated-gelu"), ["wi_0", "wi_1", "wo"], _translation),
+    Architecture("T5", t5, ["q", "k", "v", "o", "wi", "wo"], translation),
+    Architecture("T5 with a head of its own", _t5_with_a_head, ["q", "wo", "lm_head"], translation),
+    Architecture("gated T5", lambda: t5(feed_forward_proj="gated-gelu"), ["wi_0", "wi_1", "wo"], translation),
     Architecture("BERT", lambda: bert(BertForMaskedLM), ["query", "key", "value", "dense"]),
     Architecture("DistilBERT", distilbert, ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]),
     Architecture("ViT", vit, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "projection"], images),
-    Architecture("Whisper", whisper, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"], _speech),
+    Architecture("Whisper", whisper, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"], speech),
     Architecture(
         "LLaVA",
         llava,
         r".*(self_attn\.[qkv]_proj|mlp\.(fc\d|\w+_proj)|multi_modal_projector\.linear_[12])",
-        _image_and_text,
+        image_and_text,
     ),
-    Architecture("LLaVA, text only", llava, r".*language_model.*\.(q|o)_proj", _image_and_text),
+    Architecture("LLaVA, text only", llava, r".*language_model.*\.(q|o)_proj", image_and_text),
 ]
 
 
