@@ -6,7 +6,7 @@ Promise: every stored byte of every tensor given is compared, once; memory is bo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import NonFiniteTensorError
-from lora_deploy.evidence.orders import Order, Replayer
+from lora_deploy.evidence.orders import Misses, Order, Replayer
 from lora_deploy.merge.budget import fit
 from lora_deploy.merge.exact import BlockFacts, Workspace
 from lora_deploy.merge.local import chosen_device, local_workers
@@ -27,6 +27,8 @@ from lora_deploy.rounding import round_once, torch_dtype
 from lora_deploy.tensors import TensorSpec
 
 _WORD_BYTES = 8
+_FEW = 64
+"""Elements that may be missed for an order still to be told of: a damaged tensor is not an unmerged one."""
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -39,8 +41,8 @@ class Comparison:
     tensor: PlannedTensor
     """In the dtype that was found."""
     stored: TensorSpec
-    orders: tuple[Order, ...]
-    """Known orders of rounding that explain every element seen so far."""
+    orders: dict[Order, Misses]
+    """Known orders of rounding that explain every element seen so far, or all but a few."""
     n_different: int = 0
     """Elements that are not the definition's, to the bit."""
     first: int | None = None
@@ -56,17 +58,36 @@ class Comparison:
         """Whether the folder calls the tensor what the report calls it."""
         return self.name == self.stored.name == self.tensor.spec.name
 
+    @property
+    def n_elements(self) -> int:
+        """Number of elements."""
+        return self.tensor.spec.n_elements
+
+    @property
+    def explanation(self) -> Order | None:
+        """The first order that explains every element."""
+        return next((order for order, misses in self.orders.items() if not misses.n_elements), None)
+
+    @property
+    def best(self) -> tuple[Order, Misses] | None:
+        """The order that explains most, where one explains all but a few elements."""
+        return min(self.orders.items(), key=lambda item: item[1].n_elements, default=None)
+
     def add(self, positions: NDArray[np.int64]) -> tuple[Order, ...]:
         """Count flat positions that differ; give the orders that are still to be asked about them."""
         with self._lock:
             self.n_different += len(positions)
             self.first = int(positions[0]) if self.first is None else min(self.first, int(positions[0]))
-            return self.orders
+            return tuple(self.orders)
 
-    def exclude(self, refuted: Sequence[Order]) -> None:
-        """Drop orders that do not explain some element."""
+    def miss(self, misses: Mapping[Order, Misses]) -> None:
+        """Take in the elements that orders do not explain; orders that miss more than a few are dropped."""
+        few = min(_FEW, max(1, self.n_elements // 1000))
         with self._lock:
-            self.orders = tuple(order for order in self.orders if order not in refuted)
+            for order, found in misses.items():
+                if order in self.orders:
+                    self.orders[order] = self.orders[order] + found
+            self.orders = {order: found for order, found in self.orders.items() if found.n_elements <= few}
 
 
 def compare(
@@ -130,8 +151,7 @@ class _Check:
         if orders:
             values = _as_tensor(found, self.comparison.stored).to(torch.float64)
             flat = torch.from_numpy(positions)
-            refuted = self.replayer.refuted(orders, flat, values[flat - chunk.start // size])
-            self.comparison.exclude(refuted)
+            self.comparison.miss(self.replayer.misses(orders, flat, values[flat - chunk.start // size], _FEW))
 
     def _is_base(self, chunk: Chunk, found: memoryview) -> bool:
         """Whether these are the base's values, rounded to the stored format."""

@@ -9,9 +9,13 @@ is inconclusive.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.evidence.comparison import Comparison
-from lora_deploy.evidence.diagnosis import diagnose
+from lora_deploy.evidence.diagnosis import describe_element, diagnose
+from lora_deploy.evidence.explanation import Explanation
+from lora_deploy.evidence.orders import Order
 from lora_deploy.evidence.outcome import Outcome, TensorOutcome
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.merge.plan import MergePlan
@@ -21,24 +25,52 @@ from lora_deploy.updates.low_rank import LowRank
 
 def judge(comparison: Comparison, plan: MergePlan, merged: Checkpoint, *, is_ours: bool) -> TensorOutcome:
     """Say what a stored tensor is."""
-    if comparison.error:
-        return _outcome(comparison, Outcome.NOT_FINITE, comparison.error)
-    if comparison.n_different and not comparison.orders:
-        return diagnose(comparison, plan, merged)
-    if not is_ours and _is_invisible(comparison):
-        dtype = comparison.stored.dtype.long_name
-        message = f"the update is too small for {dtype} to show: merged or not, the bytes may be these"
-        return _outcome(comparison, Outcome.INCONCLUSIVE, message)
-    if comparison.n_different:
-        order = str(comparison.orders[0])
-        message = f"{comparison.n_different} of {comparison.tensor.spec.n_elements} elements rounded otherwise: {order}"
-        return _outcome(comparison, Outcome.ROUNDED, message, order=order)
-    return _outcome(
-        comparison, Outcome.EXACT, "" if comparison.is_named_alike else f"stored as {comparison.stored.name}"
+    explanation, order = _explained(comparison, plan, merged, is_ours=is_ours)
+    return TensorOutcome(
+        name=comparison.name,
+        outcome=explanation.outcome,
+        message=explanation.message,
+        n_elements=comparison.n_elements,
+        n_different=comparison.n_different,
+        order=str(order) if order else None,
+        factor=explanation.factor,
+        fraction=explanation.fraction,
     )
 
 
-def overall(outcomes: list[TensorOutcome], comparisons: tuple[Comparison, ...], *, is_ours: bool) -> Verdict:
+def _explained(
+    comparison: Comparison, plan: MergePlan, merged: Checkpoint, *, is_ours: bool
+) -> tuple[Explanation, Order | None]:
+    if comparison.error:
+        return Explanation(outcome=Outcome.NOT_FINITE, message=comparison.error), None
+    order = comparison.explanation
+    if comparison.n_different and order is None:
+        return _wrong(comparison, plan, merged)
+    if not is_ours and _is_invisible(comparison):
+        dtype = comparison.stored.dtype.long_name
+        message = f"the update is too small for {dtype} to show: merged or not, the bytes may be these"
+        return Explanation(outcome=Outcome.INCONCLUSIVE, message=message), None
+    if comparison.n_different:
+        message = f"{comparison.n_different} of {comparison.n_elements} elements rounded in another order: {order}"
+        return Explanation(outcome=Outcome.ROUNDED, message=message), order
+    message = "" if comparison.is_named_alike else f"stored as {comparison.stored.name}"
+    return Explanation(outcome=Outcome.EXACT, message=message), None
+
+
+def _wrong(comparison: Comparison, plan: MergePlan, merged: Checkpoint) -> tuple[Explanation, Order | None]:
+    if _is_invisible(comparison):
+        message = f"every element is the base's, rounded; the update changes {comparison.n_different} of them"
+        return Explanation(outcome=Outcome.NOT_APPLIED, message=message, factor=0.0), None
+    if comparison.best is None:
+        return diagnose(comparison, plan, merged), None
+    order, misses = comparison.best
+    where = describe_element(comparison, merged, misses.first or 0)
+    outcome = Outcome.ALTERED if comparison.tensor.updates else Outcome.CHANGED
+    message = f"{misses.n_elements} of {comparison.n_elements} elements are others, {where}"
+    return Explanation(outcome=outcome, message=message), order
+
+
+def overall(outcomes: Sequence[TensorOutcome], comparisons: Sequence[Comparison], *, is_ours: bool) -> Verdict:
     """Sum up: one failure fails; see the module for what is inconclusive."""
     harmless = {Outcome.EXACT, Outcome.IGNORED} if is_ours else {Outcome.EXACT, Outcome.IGNORED, Outcome.ROUNDED}
     if any(entry.outcome not in {*harmless, Outcome.INCONCLUSIVE} for entry in outcomes):
@@ -62,14 +94,3 @@ def _changes_nothing(update: object) -> bool:
     if isinstance(update, LowRank):
         return not (update.scale.value and bool(update.up.any()) and bool(update.down.any()))
     return isinstance(update, Addition) and not (update.scale.value and bool(update.values.any()))
-
-
-def _outcome(comparison: Comparison, outcome: Outcome, message: str, order: str | None = None) -> TensorOutcome:
-    return TensorOutcome(
-        name=comparison.name,
-        outcome=outcome,
-        message=message,
-        n_elements=comparison.tensor.spec.n_elements,
-        n_different=comparison.n_different,
-        order=order,
-    )

@@ -161,6 +161,19 @@ class _Taken:
     """How far a peer's float32 factorisation may be from it, at any element."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Misses:
+    """Elements that an order of rounding does not explain."""
+
+    n_elements: int = 0
+    first: int | None = None
+    """Flat position of the first."""
+
+    def __add__(self, other: Misses) -> Misses:
+        known = [first for first in (self.first, other.first) if first is not None]
+        return Misses(n_elements=self.n_elements + other.n_elements, first=min(known, default=None))
+
+
 _Multiply: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Products of rows (n, r) with columns (m, r): of each row with its own column, or of every row with every column."""
 
@@ -184,19 +197,25 @@ class Replayer:
         self._components: dict[tuple[int, Region, DType], _Taken] = {}
         self._norms_of: dict[tuple[int, Region, Order], Enclosure] = {}
 
-    def refuted(self, orders: Sequence[Order], positions: Tensor, values: Tensor) -> list[Order]:
-        """Give the orders that do not explain stored values.
+    def misses(self, orders: Sequence[Order], positions: Tensor, values: Tensor, most: int) -> dict[Order, Misses]:
+        """Count the stored values that orders do not explain; counting stops beyond ``most``.
 
         Shapes: positions (n,) int64, flat, all of one region or of none; values (n,) float64.
         """
-        return [order for order in orders if not self._explains(order, positions, values)]
+        return {order: self._misses(order, positions, values, most) for order in orders}
 
-    def _explains(self, order: Order, positions: Tensor, values: Tensor) -> bool:
+    def _misses(self, order: Order, positions: Tensor, values: Tensor, most: int) -> Misses:
+        found = Misses()
         sizes = [min(_SAMPLE, len(positions))]  # a wrong order shows at once
         while (rest := len(positions) - sum(sizes)) > 0:
             sizes.append(min(_POINTS_AT_ONCE, rest))
-        parts = zip(positions.split(sizes), values.split(sizes), strict=True)
-        return all(bool(self.enclose(order, at).contains(stored).all()) for at, stored in parts)
+        for at, stored in zip(positions.split(sizes), values.split(sizes), strict=True):
+            missed = at[~self.enclose(order, at).contains(stored)]
+            if len(missed):
+                found += Misses(n_elements=len(missed), first=int(missed[0]))
+            if found.n_elements > most:
+                break
+        return found
 
     def enclose(self, order: Order, positions: Tensor) -> Enclosure:
         """Enclose what the order gives at flat positions, all of one region or of none."""

@@ -25,6 +25,8 @@ class Outcome(StrEnum):
     WRONG_SCALE = "wrong-scale"
     WRONG_ORIENTATION = "wrong-orientation"
     """The transposed delta was added."""
+    WRONG_FORMULA = "wrong-formula"
+    """Merged as another kind of update: DoRA's magnitude or PiSSA's residual was left out."""
     ANOTHER_TENSOR = "another-tensor"
     """What belongs to another name lies here."""
     CHANGED = "changed"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.evidence.comparison import Comparison
-from lora_deploy.evidence.orders import known_orders
+from lora_deploy.evidence.orders import Misses, known_orders
 from lora_deploy.evidence.outcome import Outcome, TensorOutcome
 from lora_deploy.merge.plan import MergePlan, PlannedTensor, Treatment
 from lora_deploy.names import AmbiguousNameError, NameIndex, ties_of
@@ -116,7 +116,8 @@ def _add(
         outcomes.append(TensorOutcome(name=name, outcome=Outcome.WRONG_DTYPE, message=message))
         return
     found = _in_dtype_of(stored, tensor)
-    comparisons.append(Comparison(name=name, tensor=found, stored=stored, orders=known_orders(found)))
+    orders = dict.fromkeys(known_orders(found), Misses())
+    comparisons.append(Comparison(name=name, tensor=found, stored=stored, orders=orders))
 
 
 def _in_dtype_of(stored: TensorSpec, tensor: PlannedTensor) -> PlannedTensor:
