@@ -28,6 +28,8 @@ _MAX = {
     DType.F16: 65504.0,
     DType.BF16: 3.3895313892515355e38,
 }
+_AFTER_MAX = {DType.F32: 2.0**128, DType.F16: 65536.0, DType.BF16: 2.0**128}
+"""What would follow the largest value, did the format go on: halfway to it, rounding to infinity begins."""
 
 
 BITS = {DType.F64: torch.int64, DType.F32: torch.int32, DType.F16: torch.int16, DType.BF16: torch.int16}
@@ -61,12 +63,12 @@ def round_once(values: Tensor, dtype: DType) -> Tensor:
     # The negated comparison keeps NaN (the neighbour of an infinity) among the unsettled, where it does no harm.
     unsettled = (above != below).nonzero(as_tuple=True)
     if unsettled[0].numel():
-        high, low = above[unsettled].to(torch.float64), below[unsettled].to(torch.float64)
+        high, low = _wide(above[unsettled], dtype), _wide(below[unsettled], dtype)
         exact, boundary = values[unsettled], (high + low) / 2
         chosen = rounded[unsettled].to(torch.float64)
         chosen = torch.where(exact > boundary, torch.maximum(high, low), chosen)
         chosen = torch.where(exact < boundary, torch.minimum(high, low), chosen)
-        rounded[unsettled] = torch.where(boundary.isfinite(), chosen, rounded[unsettled].to(torch.float64)).to(target)
+        rounded[unsettled] = chosen.to(target)
     return rounded
 
 
@@ -79,22 +81,27 @@ def neighbours(single: Tensor, target: torch.dtype) -> tuple[Tensor, Tensor]:
 def round_pair(values: Tensor, rests: Tensor, dtype: DType) -> Tensor:
     """Round the unevaluated sums ``values + rests`` once.
 
-    Each |rest| is at most half a float64 unit in the last place of its value.
+    Each |rest| is at most two float64 units in the last place of its value, unless the format is F64: then any.
 
     Shapes: both (n,) float64; the result is (n,).
     """
     if dtype is DType.F64:
         return values + rests
     chosen = round_once(values, dtype)
-    start = chosen.to(torch.float64)
+    start = _wide(chosen, dtype)
     remainder = values - start  # exact: both are multiples of the float64 unit of ``values``
     beside = _beside(chosen, remainder > 0)
-    boundary = (start + beside.to(torch.float64)) / 2
+    boundary = (start + _wide(beside, dtype)) / 2
     beyond = (values - boundary) + rests
     is_past = torch.where(remainder > 0, beyond > 0, beyond < 0) & (remainder != 0)
     is_tie = (beyond == 0) & (remainder != 0)
     is_odd = (chosen.view(BITS[dtype]) & 1).bool()
-    return torch.where((is_past | (is_tie & is_odd)) & boundary.isfinite(), beside, chosen)
+    return torch.where(is_past | (is_tie & is_odd), beside, chosen)
+
+
+def _wide(values: Tensor, dtype: DType) -> Tensor:
+    """Float64, with what follows the largest value in place of infinity; NaN, which compares with nothing, stays."""
+    return values.to(torch.float64).clamp(-_AFTER_MAX[dtype], _AFTER_MAX[dtype])
 
 
 def _beside(values: Tensor, upwards: Tensor) -> Tensor:

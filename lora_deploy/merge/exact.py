@@ -1,13 +1,14 @@
 """Where a weight meets its low-rank updates: RN(W + Σ s·up·down), the exact real value rounded once.
 
 Promise (laws 1 and 2): the bytes do not depend on BLAS, tile, thread or device. Every element is evaluated in float64
-with a proven error bound; where the bound leaves the rounding open, the element is recomputed as an exact rational.
+with a proven error bound; where the bound leaves the rounding open, the element is computed again, at last as an exact
+rational.
 
 How it stays fast. A tile of float64 values v fits the L2 cache. Level 1 rounds, for every element, two values that
-enclose everything v could be; where they agree, as they do for all but about 1 in 20,000 (bfloat16), 3,000 (float16)
-or 500 (float32), that is the result. Level 2 takes the open elements of a whole chunk together, with a bound for each;
-level 3 evaluates what is left with error-free transformations, which settles true ties too. Level 4 is ``fractions``,
-for what even that cannot separate.
+enclose everything v could be; where they agree, as they do for all but about 1 in 14,000 (bfloat16), 2,000 (float16)
+or 5,000 (float32), that is the result. Level 2 takes the open elements of all tiles together, with a bound for each.
+What it leaves, mostly true ties, goes to level 3, error-free transformations, unless it is little; what even that
+leaves goes to level 4, ``fractions``.
 
 The error bound. Each product s·up·down carries two roundings and the sum of R of them and W at most R + 1, in any
 order, with or without fused operations; so |v - exact| <= (R + 8)·2^-53·(|W| + Σ|s·up|·|down|), to first order and
@@ -17,7 +18,7 @@ with room for the rest (Higham, Accuracy and Stability of Numerical Algorithms, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,18 +26,23 @@ import torch
 from torch import Tensor
 
 from lora_deploy.errors import NonFiniteTensorError
+from lora_deploy.merge.factors import UNIT, Factors
 from lora_deploy.rounding import BITS, largest, round_fraction, round_once, round_pair, torch_dtype
 from lora_deploy.tensors import DType
-from lora_deploy.updates.low_rank import LowRank
 
 TILE_ELEMENTS = 1 << 17
 """Elements of a tile: its float64 values take 1 MiB, which fits the L2 cache of a server core."""
-TILE_COLS = 2048
-_UNIT = 2.0**-53
-_F32_SPREAD = 2.0**-34
-_SETTLED_AT_ONCE = 1 << 14
-_SAFE_MIN, _SAFE_MAX = 2.0**-800, 2.0**800
-"""Magnitudes between which no step of the compensated sum over- or underflows, for factors of 32 bits or fewer."""
+DEVICE_TILE_ELEMENTS = 1 << 22
+"""Elements of a tile on an accelerator, where starting work costs more than memory."""
+TILE_COLS = 4096
+_ABOVE, _BELOW = 1 + 2.0**-23, 1 - 2.0**-23
+"""Times a normal float32, rounded: one or two units in the last place further from zero, or nearer to it."""
+_STILL_NORMAL = 2.0**-120
+"""Values down to here move when they are multiplied by those."""
+_GATHERED = 1 << 18
+"""Factor elements that levels 2 and 3 gather at a time."""
+_FEW = 8
+"""So many elements are settled faster by rational arithmetic than by the small tensor operations of level 3."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,7 +61,7 @@ class BlockFacts:
     n_underflowed: int = 0
     """Elements that were not zero and are stored as zero."""
     n_exact: int = 0
-    """Elements that only exact rational arithmetic could settle."""
+    """Elements that only exact rational arithmetic settled."""
 
     def add(self, other: BlockFacts) -> None:
         """Take in the facts of another block of the same tensor."""
@@ -68,87 +74,34 @@ class BlockFacts:
         self.n_exact += other.n_exact
 
 
-class Factors:
-    """The sum of a region's low-rank updates, prepared once: one float64 product of inner dimension R = Σ r."""
-
-    def __init__(self, updates: Sequence[LowRank], device: torch.device) -> None:
-        self.updates = tuple(updates)
-        self.left = torch.cat(
-            [update.up.to(device, torch.float64) * update.scale.value for update in self.updates], dim=1
-        )
-        """(n_rows, R): s·up, rounded once."""
-        self.right = torch.cat([update.down.to(device, torch.float64) for update in self.updates], dim=0)
-        """(R, n_cols)."""
-        self.unit = (self.left.shape[1] + 8) * _UNIT
-        """Relative error bound of one element against |W| + Σ|s·up|·|down|."""
-        reach = self.right.abs().amax(dim=1) if self.right.numel() else self.right.new_zeros(self.right.shape[0])
-        self.row_reach = self.left.abs() @ reach
-        """(n_rows,): bound of Σ|s·up|·|down| over each row."""
-
-    @property
-    def delta_square(self) -> float:
-        """‖Δ‖² of the whole region from the small Gram matrices, never forming Δ."""
-        gram = (self.left.T @ self.left) * (self.right @ self.right.T)
-        return max(0.0, float(gram.sum()))
-
-    def compensated(self, weight: Tensor, row: Tensor, col: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W + Σ s·up·down of some elements as an unevaluated pair (high, low) and a bound of what the pair misses.
-
-        The bound is 0 where every rounding error turned out to be representable, so that the pair is the exact value:
-        the usual case for real ties, which only happen between numbers of few bits.
-
-        Shapes: all (n,) float64; ``size`` is |W| + Σ|s·up|·|down|.
-        Source: error-free transformations; Ogita, Rump, Oishi, Accurate Sum and Dot Product, 2005, algorithm Dot2.
-        """
-        high, low = weight, torch.zeros_like(weight)
-        is_exact = torch.ones_like(weight, dtype=torch.bool)
-        for update in self.updates:
-            scale = torch.full_like(weight, update.scale.value)
-            total, rest = torch.zeros_like(weight), torch.zeros_like(weight)
-            ups = update.up[row.to(update.up.device)].to(weight.device, torch.float64)
-            downs = update.down[:, col.to(update.down.device)].to(weight.device, torch.float64)
-            for k in range(update.rank):
-                product, product_rest = _two_product(ups[:, k], downs[k])
-                total, sum_rest = _two_sum(total, product)
-                for term in (product_rest, sum_rest):
-                    rest, lost = _two_sum(rest, term)
-                    is_exact &= lost == 0
-            for factor in (total, rest):
-                product, product_rest = _two_product(factor, scale)
-                high, sum_rest = _two_sum(high, product)
-                for term in (product_rest, sum_rest):
-                    low, lost = _two_sum(low, term)
-                    is_exact &= lost == 0
-        high, low = _two_sum(high, low)
-        n_terms = 2 * self.left.shape[1] + 8 * len(self.updates) + 16
-        is_exact &= (size < _SAFE_MAX) & ((size > _SAFE_MIN) | (size == 0))
-        return high, low, torch.where(is_exact, 0.0, size * (n_terms * _UNIT) ** 2 + _SAFE_MIN)
-
-    def exact(self, weight: float, row: int, col: int) -> Fraction:
-        """W + Σ s·up·down of one element, exactly."""
-        total = Fraction(weight)
-        for update in self.updates:
-            ups, downs = update.up[row].tolist(), update.down[:, col].tolist()
-            product = sum((Fraction(a) * Fraction(b) for a, b in zip(ups, downs, strict=True)), Fraction(0))
-            total += Fraction(update.scale.value) * product
-        return total
-
-
 class Workspace:
     """Buffers of one worker, reused from tile to tile; not shared between threads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.tile_elements = TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
+        self._views: dict[tuple[str, torch.dtype, int, int], Tensor] = {}
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, use: str, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
         """Give an uninitialised contiguous (rows, cols) buffer; the same use and dtype share memory."""
-        key = (use, dtype)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < rows * cols:
-            buffer = torch.empty(max(rows * cols, TILE_ELEMENTS), dtype=dtype, device=self.device)
-            self._buffers[key] = buffer
-        return buffer[: rows * cols].view(rows, cols)
+        key = (use, dtype, rows, cols)
+        view = self._views.get(key)
+        if view is None:
+            buffer = self._buffers.get((use, dtype))
+            if buffer is None or buffer.numel() < rows * cols:
+                self._views = {}  # those of a smaller buffer would keep it
+                buffer = torch.empty(max(rows * cols, self.tile_elements), dtype=dtype, device=self.device)
+                self._buffers[use, dtype] = buffer
+            view = self._views[key] = buffer[: rows * cols].view(rows, cols)
+        return view
+
+    def shrink(self) -> bool:
+        """Drop all buffers and halve the tile, down to that of a CPU; whether there was anything to halve."""
+        self._views, self._buffers = {}, {}
+        halved = max(TILE_ELEMENTS, self.tile_elements // 2)
+        has_shrunk, self.tile_elements = halved < self.tile_elements, halved
+        return has_shrunk
 
 
 def merge_rows(
@@ -159,184 +112,197 @@ def merge_rows(
     Shapes: weights (n, n_cols) in the base's dtype: rows ``rows`` of the region; the result (n, n_cols) in ``dtype``.
 
     Raises:
-        NonFiniteTensorError: A weight is not finite, or a merged value exceeds the output dtype's range.
+        NonFiniteTensorError: A weight or a factor is not finite, or a merged value exceeds the output dtype's range.
     """
-    n_rows, n_cols = weights.shape
-    left = factors.left[rows]
-    reach = factors.row_reach[rows]
-    merged = torch.empty((n_rows, n_cols), dtype=torch_dtype(dtype), device=workspace.device)
+    if not factors.is_finite:
+        raise NonFiniteTensorError(f"{name}: the update's factors or its scale are not finite numbers")
+    merged = torch.empty(weights.shape, dtype=torch_dtype(dtype), device=workspace.device)
     facts = BlockFacts(n_elements=merged.numel())
-    open_flat: list[Tensor] = []
-    open_values: list[Tensor] = []
-    tile_cols = min(n_cols, TILE_COLS)
-    tile_rows = max(1, TILE_ELEMENTS // max(1, tile_cols))
-    for top in range(0, n_rows, tile_rows):
-        band = slice(top, min(top + tile_rows, n_rows))
-        floor = float(reach[band].max()) if reach[band].numel() else 0.0
-        for first in range(0, n_cols, tile_cols):
-            tile = slice(first, min(first + tile_cols, n_cols))
-            values = workspace.take("values", torch.float64, band.stop - band.start, tile.stop - tile.start)
-            values.copy_(weights[band, tile])
-            flat = values.view(-1)
-            facts.weight_square += float(torch.dot(flat, flat))
-            values.addmm_(left[band], factors.right[:, tile])
-            found = _round_tile(values, merged[band, tile], dtype, floor * factors.unit, workspace, facts)
-            if found.numel():
-                row, col = found // (tile.stop - tile.start), found % (tile.stop - tile.start)
-                open_flat.append((row + band.start) * n_cols + col + tile.start)
-                open_values.append(flat[found])
-    if open_flat:
-        _settle(weights, factors, rows, merged, dtype, torch.cat(open_flat), torch.cat(open_values), facts)
-    _refuse_non_finite(name, weights, merged, facts, rows.start or 0, dtype)
+    if merged.numel():
+        block = _Block(weights=weights, factors=factors, first_row=rows.start or 0, merged=merged, dtype=dtype)
+        _settle(block, *_merge_tiles(block, workspace, facts), facts)
+        if not facts.max_abs <= largest(dtype):
+            _refuse(name, block)
     return merged, facts
 
 
-def _round_tile(
-    values: Tensor, merged: Tensor, dtype: DType, error: float, workspace: Workspace, facts: BlockFacts
-) -> Tensor:
-    """Level 1: write the rounded tile; give the flat positions that are still open.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Block:
+    """Some rows of a region, before and after."""
 
-    ``error`` bounds the part of the float64 error that does not shrink with the value itself.
+    weights: Tensor
+    factors: Factors
+    first_row: int
+    """Row of the region that the block begins with."""
+    merged: Tensor
+    dtype: DType
+
+
+def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> tuple[Tensor, Tensor]:
+    """Level 1: write every tile's rounded values; give flat positions and float64 values of what is still open."""
+    n_rows, n_cols = block.weights.shape
+    factors = block.factors
+    positions, open_values = [], []
+    tile_cols = min(n_cols, TILE_COLS)
+    tile_rows = max(1, workspace.tile_elements // tile_cols)
+    for top in range(0, n_rows, tile_rows):
+        band = slice(top, min(top + tile_rows, n_rows))
+        region_rows = slice(block.first_row + band.start, block.first_row + band.stop)
+        left, reach = factors.left[region_rows], float(factors.row_reach[region_rows].max())
+        parts = (matrix.split(tile_cols, dim=1) for matrix in (block.weights[band], block.merged[band], factors.right))
+        for k, (weights, merged, right) in enumerate(zip(*parts, strict=True)):
+            values = workspace.take("values", torch.float64, *weights.shape)
+            values.copy_(weights)
+            flat = values.view(-1)
+            square = float(torch.dot(flat, flat))
+            facts.weight_square += square
+            values.addmm_(left, right)
+            if not factors.is_plain or block.dtype is DType.F64:
+                found = torch.arange(flat.numel(), device=flat.device)
+            elif block.dtype is DType.F32:
+                error = factors.unit * (math.sqrt(square) + reach)
+                found = _round_to_single(values, merged, error, workspace, facts)
+            else:
+                found = _round_to_half(values, merged, factors.unit * reach, workspace, facts)
+            if found.numel():
+                open_values.append(flat[found])
+                width = weights.shape[1]
+                rest_of_rows = found // width * (n_cols - width) if width < n_cols else 0
+                positions.append(found + rest_of_rows + (top * n_cols + k * tile_cols))
+    if not positions:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+    return torch.cat(positions), torch.cat(open_values)
+
+
+def _round_to_single(values: Tensor, merged: Tensor, error: float, workspace: Workspace, facts: BlockFacts) -> Tensor:
+    """Level 1 for float32: write the rounded tile, give the flat positions that are still open.
+
+    ``error`` bounds the float64 error of every element: by the Frobenius norm of the weights, which none exceeds.
     """
-    if dtype is DType.F64:
-        merged.copy_(values)
-        facts.max_abs = max(facts.max_abs, _max_abs(values))
-        return torch.arange(values.numel(), device=values.device)
-    shape = values.shape
-    target = torch_dtype(dtype)
+    low = workspace.take("low", torch.float32, *values.shape)
+    high = workspace.take("high", torch.float32, *values.shape)
+    wide = workspace.take("wide", torch.float64, *values.shape)
+    high.copy_(torch.add(values, 1.001 * error, out=wide))
+    low.copy_(torch.sub(values, 1.001 * error, out=wide))
+    merged.copy_(low)
+    facts.max_abs = max(facts.max_abs, *(abs(float(bound)) for bound in torch.aminmax(low)))
+    _add_error_square(wide.copy_(low).sub_(values), facts)
+    return _differing(high.view(torch.int32).bitwise_xor_(low.view(torch.int32)))
+
+
+def _round_to_half(values: Tensor, merged: Tensor, error: float, workspace: Workspace, facts: BlockFacts) -> Tensor:
+    """Level 1 for 16 bits: write the rounded tile, give the flat positions that are still open.
+
+    The float32 numbers beside v enclose the exact value where half a unit of float32, at least 2^-25·|v|, exceeds its
+    error, at most unit·|v| + 2·error, where ``error`` is unit·Σ|s·up|·|down|. What is too small for that stays open.
+    """
+    shape, target = values.shape, merged.dtype
+    single = workspace.take("single", torch.float32, *shape)
+    beside = workspace.take("beside", torch.float32, *shape)
     low = workspace.take("low", target, *shape)
     high = workspace.take("high", target, *shape)
-    if dtype is DType.F32:
-        spread = workspace.take("spread", torch.float64, *shape)
-        high.copy_(torch.mul(values, 1 + _F32_SPREAD, out=spread))
-        low.copy_(torch.mul(values, 1 - _F32_SPREAD, out=spread))
-        threshold = 4 * error / _F32_SPREAD
-        bits_type, magnitude_mask = torch.int32, 0x7FFFFFFF
-    else:
-        single = workspace.take("single", torch.float32, *shape)
-        bits = workspace.take("bits", torch.int32, *shape)
-        single.copy_(values)
-        torch.add(single.view(torch.int32), 1, out=bits)
-        high.copy_(bits.view(torch.float32))
-        bits.sub_(2)
-        low.copy_(bits.view(torch.float32))
-        threshold = 4 * error * 2.0**25
-        bits_type, magnitude_mask = torch.int16, 0x7FFF
+    single.copy_(values)
+    high.copy_(torch.mul(single, _ABOVE, out=beside))
+    low.copy_(torch.mul(single, _BELOW, out=beside))
     merged.copy_(low)
-    low_bits = low.view(bits_type)
-    high_bits = high.view(bits_type)
+    wide = beside.copy_(low)
+    low_bits, high_bits = low.view(torch.int16), high.view(torch.int16)
     found = _differing(high_bits.bitwise_xor_(low_bits))
-    magnitude = torch.bitwise_and(low_bits, magnitude_mask, out=high_bits)
-    smallest, biggest = (int(bound) for bound in torch.aminmax(magnitude))
-    facts.max_abs = max(facts.max_abs, _from_bits(biggest, bits_type, target))
-    if not smallest:
-        facts.n_underflowed += int(((magnitude == 0) & (values != 0)).sum())
-    floor_bits = _bits_above(threshold, bits_type, target)
-    if smallest <= floor_bits:
-        found = torch.cat([found, (magnitude.view(-1) <= floor_bits).nonzero().view(-1)]).unique()
-    _add_error(values, low, dtype, workspace, facts)
+    sizes = torch.bitwise_and(low_bits, 0x7FFF, out=high_bits)
+    least, most = (_size(int(bits), target) for bits in torch.aminmax(sizes))
+    facts.max_abs = max(facts.max_abs, most)
+    too_small = max(5 * error * 2.0**25, _STILL_NORMAL)
+    if least <= too_small:
+        found = torch.cat([found, (wide.abs().view(-1) <= too_small).nonzero().view(-1)]).unique()
+    _add_error_square(wide.sub_(single), facts)
     return found
 
 
 def _differing(differences: Tensor) -> Tensor:
-    """Flat positions of the non-zero elements of a contiguous integer buffer, read eight bytes at a time."""
+    """Flat positions of the non-zero elements of a contiguous integer buffer, and of some neighbours of theirs.
+
+    Eight bytes are looked at together: neighbours are few, and settling them again changes nothing.
+    """
     flat = differences.view(-1)
-    lanes = 8 // flat.element_size()
-    n_whole = flat.numel() // lanes * lanes
-    words = flat[:n_whole].view(torch.int64).nonzero().view(-1)
-    candidates = (words[:, None] * lanes + torch.arange(lanes, device=flat.device)).view(-1)
+    n_together = 8 // flat.element_size()
+    n_whole = flat.numel() // n_together * n_together
+    words = flat[:n_whole].view(torch.int64).nonzero()
+    found = (words * n_together + torch.arange(n_together, device=flat.device)).view(-1)
     if n_whole < flat.numel():
-        candidates = torch.cat([candidates, torch.arange(n_whole, flat.numel(), device=flat.device)])
-    return candidates[flat[candidates] != 0]
+        found = torch.cat([found, torch.arange(n_whole, flat.numel(), device=flat.device)])
+    return found
 
 
-def _add_error(values: Tensor, stored: Tensor, dtype: DType, workspace: Workspace, facts: BlockFacts) -> None:
-    wide_type = torch.float64 if dtype is DType.F32 else torch.float32
-    wide = workspace.take("wide", wide_type, *values.shape)
-    wide.copy_(stored)
-    exact = values if dtype is DType.F32 else workspace.take("single", torch.float32, *values.shape)
-    flat = wide.sub_(exact).view(-1)
+def _add_error_square(errors: Tensor, facts: BlockFacts) -> None:
+    flat = errors.view(-1)
     facts.error_square += float(torch.dot(flat, flat))
 
 
-def _settle(
-    weights: Tensor,
-    factors: Factors,
-    rows: slice,
-    merged: Tensor,
-    dtype: DType,
-    flat: Tensor,
-    values: Tensor,
-    facts: BlockFacts,
-) -> None:
-    """Levels 2 to 4: settle the open elements of a chunk in place."""
-    n_cols, first_row = weights.shape[1], rows.start or 0
-    for part in torch.arange(flat.numel(), device=flat.device).split(_SETTLED_AT_ONCE):
+def _settle(block: _Block, flat: Tensor, values: Tensor, facts: BlockFacts) -> None:
+    """Settle the open elements of a block in place: level 2, which leaves some for levels 3 and 4."""
+    factors, dtype, n_cols = block.factors, block.dtype, block.weights.shape[1]
+    for part in torch.arange(flat.numel(), device=flat.device).split(max(1, _GATHERED // max(1, factors.rank))):
         row, col = flat[part] // n_cols, flat[part] % n_cols
-        weight = weights[row, col].to(torch.float64)
-        size = weight.abs() + (factors.left[row + first_row] * factors.right[:, col].T).abs().sum(dim=1)
+        weight = block.weights[row, col].to(torch.float64)
         value = values[part] + 0.0  # turns -0 into +0: an exact sum of 0 has no sign
+        size = factors.size(weight, row + block.first_row, col)
         bound = size * factors.unit
-        settled, is_open = _enclosed(round_once(value - bound, dtype), round_once(value + bound, dtype), dtype)
-        merged[row, col] = settled
-        again = (is_open & value.isfinite()).nonzero().view(-1)
+        low, high = round_once(value - bound, dtype), round_once(value + bound, dtype)
+        is_open = weight.isfinite() & ((low.view(BITS[dtype]) != high.view(BITS[dtype])) | ~value.isfinite())
+        if not factors.is_plain:
+            is_open = weight.isfinite()
+        facts.n_underflowed += int(((low == 0) & (value.abs() + bound != 0) & ~is_open).sum())
+        again = is_open.nonzero().view(-1)
         if again.numel():
-            row, col, weight = row[again], col[again], weight[again]
-            high, low, bound = factors.compensated(weight, row + first_row, col, size[again])
-            settled, is_open = _enclosed(
-                round_pair(high, low - bound, dtype), round_pair(high, low + bound, dtype), dtype
-            )
-            merged[row, col] = settled
-            for k in is_open.nonzero().view(-1).tolist():
-                exact = factors.exact(float(weight[k]), int(row[k]) + first_row, int(col[k]))
-                merged[row[k], col[k]] = round_fraction(exact, dtype)
-                facts.n_exact += 1
-        facts.max_abs = max(facts.max_abs, _max_abs(settled))
+            low[again] = _settle_finely(block, weight[again], row[again], col[again], size[again], facts)
+        block.merged[row, col] = low
+        facts.max_abs = max(facts.max_abs, _max_abs(low))
 
 
-def _enclosed(lowest: Tensor, highest: Tensor, dtype: DType) -> tuple[Tensor, Tensor]:
-    """Rounded ends of an interval: the result where they agree to the bit, and where they do not."""
-    return lowest, lowest.view(BITS[dtype]) != highest.view(BITS[dtype])
+def _settle_finely(block: _Block, weight: Tensor, row: Tensor, col: Tensor, size: Tensor, facts: BlockFacts) -> Tensor:
+    """Levels 3 and 4: give the rounded values of elements that level 2 left open."""
+    factors, dtype = block.factors, block.dtype
+    settled = torch.zeros_like(weight, dtype=torch_dtype(dtype))
+    still_open = torch.ones_like(weight, dtype=torch.bool)
+    if factors.is_plain and weight.numel() > _FEW:
+        high, low, bound = factors.compensated(weight, row + block.first_row, col, size)
+        settled = round_pair(high, low - bound, dtype)
+        above = round_pair(high, low + bound, dtype)
+        # The pairs are true pairs only while the bound is below the last place of ``high``.
+        still_open = (settled.view(BITS[dtype]) != above.view(BITS[dtype])) | ~(bound <= UNIT * high.abs())
+        facts.n_underflowed += int(((settled == 0) & (high.abs() + bound != 0) & ~still_open).sum())
+    for k in still_open.nonzero().view(-1).tolist():
+        exact = factors.exact(float(weight[k]), int(row[k]) + block.first_row, int(col[k]))
+        settled[k] = rounded = round_fraction(exact, dtype)
+        facts.n_underflowed += bool(exact) and not rounded
+        facts.n_exact += 1
+    return settled
 
 
-def _refuse_non_finite(
-    name: str, weights: Tensor, merged: Tensor, facts: BlockFacts, first_row: int, dtype: DType
-) -> None:
-    if facts.max_abs <= largest(dtype):
-        return
-    bad = (~torch.isfinite(merged)).nonzero()
-    if not bad.numel():  # a zero's lower neighbour is no number; it only looked like one that overflows
-        facts.max_abs = _max_abs(merged)
-        return
-    row, col = (int(index) for index in bad[0])
-    before = float(weights[row, col])
-    where = f"{name}: element [{first_row + row}, {col}]"
-    if not torch.isfinite(weights[row, col]):
-        raise NonFiniteTensorError(f"{where} of the base is {before}, expected a finite number")
+def _refuse(name: str, block: _Block) -> None:
+    """Say which weight is not finite or which merged value is too large, the first of them."""
+    bad = (~block.weights.isfinite()).nonzero()
+    if bad.numel():
+        row, col = (int(index) for index in bad[0])
+        raise NonFiniteTensorError(
+            f"{name}: element [{block.first_row + row}, {col}] of the base is {float(block.weights[row, col])}, "
+            "expected a finite number",
+            hint="the base is damaged there; --exclude the tensor to merge the rest",
+        )
+    row, col = (int(index) for index in (~block.merged.isfinite()).nonzero()[0])
+    exact = block.factors.exact(float(block.weights[row, col]), block.first_row + row, col)
     raise NonFiniteTensorError(
-        f"{where}: merged value exceeds {dtype.long_name}'s largest {largest(dtype):g} (base {before:g})",
-        hint="--dtype base" if dtype is DType.F16 else None,
+        f"{name}: element [{block.first_row + row}, {col}]: merged value {_in_digits(exact)} "
+        f"exceeds {block.dtype.long_name}'s largest {largest(block.dtype):g}",
+        hint="--dtype base" if block.dtype is DType.F16 else None,
     )
 
 
-def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Give sum and rest: a + b = sum + rest, exactly (Knuth)."""
-    total = a + b
-    shift = total - a
-    return total, (a - (total - shift)) + (b - shift)
-
-
-def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Give product and rest: a * b = product + rest, exactly while nothing over- or underflows (Dekker)."""
-    product = a * b
-    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
-    return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
-
-
-def _split(a: Tensor) -> tuple[Tensor, Tensor]:
-    shifted = a * 134217729.0  # 2^27 + 1
-    high = shifted - (shifted - a)
-    return high, a - high
+def _in_digits(exact: Fraction) -> str:
+    try:
+        return f"{float(exact):g}"
+    except OverflowError:
+        return "beyond float64"
 
 
 def _max_abs(values: Tensor) -> float:
@@ -344,11 +310,10 @@ def _max_abs(values: Tensor) -> float:
     return biggest if math.isfinite(biggest) else math.inf
 
 
-def _from_bits(bits: int, bits_type: torch.dtype, target: torch.dtype) -> float:
-    value = float(torch.tensor([bits], dtype=bits_type).view(target)[0])
-    return value if math.isfinite(value) else math.inf
-
-
-def _bits_above(threshold: float, bits_type: torch.dtype, target: torch.dtype) -> int:
-    """Bits of a value of the target format that is not below the threshold."""
-    return int(torch.tensor([threshold], dtype=torch.float64).to(target).view(bits_type)[0]) + 1
+def _size(bits: int, target: torch.dtype) -> float:
+    """The value of a positive 16-bit number, infinite when it is no number."""
+    if target == torch.float16:
+        (value,) = struct.unpack("<e", struct.pack("<H", bits))
+    else:
+        (value,) = struct.unpack("<f", struct.pack("<I", bits << 16))
+    return float(value) if math.isfinite(value) else math.inf

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import MergeError, NonFiniteTensorError
-from lora_deploy.merge.exact import BlockFacts, Factors, Workspace, merge_rows
+from lora_deploy.merge.exact import BlockFacts, Workspace, merge_rows
+from lora_deploy.merge.factors import Factors
 from lora_deploy.merge.plan import PlannedTensor, Treatment
 from lora_deploy.rounding import largest, round_once, torch_dtype
 from lora_deploy.tensors import DType, Region, TensorSpec
