@@ -14,8 +14,11 @@ from torch import Tensor
 
 from lora_deploy.adapter import Adapter, ModuleUpdate, Orientation
 from lora_deploy.checkpoint import Checkpoint, open_checkpoint
-from lora_deploy.updates.interface import Scale
+from lora_deploy.tensors import Region
+from lora_deploy.updates.interface import Scale, Update
 from lora_deploy.updates.low_rank import LowRank
+from lora_deploy.updates.replacement import Replacement
+from lora_deploy.validate import Binding
 
 Tensors = Mapping[str, Tensor]
 
@@ -82,3 +85,30 @@ def save_peft(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Path
     defaults = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": []}
     (folder / "adapter_config.json").write_text(json.dumps(defaults | dict(config)))
     return folder
+
+
+def merged_values(binding: Binding) -> dict[str, Tensor]:
+    """Evaluate a binding the plain way: every output in float64, each update's ``block`` over its whole region."""
+    checkpoint = binding.checkpoint
+    merged = {}
+    for name, source in binding.outputs.items():
+        updates = binding.updates.get(name, ())
+        first = updates[0].update if updates else None
+        is_replaced = isinstance(first, Replacement) and updates[0].region == Region.whole(tuple(first.values.shape))
+        if is_replaced and isinstance(first, Replacement):
+            weight, updates = first.values.to(torch.float64).clone(), updates[1:]
+        else:
+            assert source is not None, f"{name} starts from nothing"
+            spec = checkpoint.tensors[source]
+            raw = torch.frombuffer(bytearray(checkpoint.read(source)), dtype=getattr(torch, spec.dtype.long_name))
+            weight = raw.reshape(spec.shape).to(torch.float64)
+        flat = weight.reshape(-1)
+        for bound in updates:
+            region, update = bound.region, bound.update
+            assert region is not None
+            assert isinstance(update, Update)
+            rows = flat[region.offset : region.stop].reshape(region.n_rows, region.n_cols)
+            state = update.prepare(lambda part, rows=rows: rows[part])  # type: ignore[misc]
+            flat[region.offset : region.stop] = update.block(rows, slice(0, region.n_rows), state).reshape(-1)
+        merged[name] = flat.reshape(weight.shape)
+    return merged

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from lora_deploy.adapter import Adapter, Experts, ModuleUpdate
 from lora_deploy.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from lora_deploy.names import vocabulary_names
 from lora_deploy.validate.base import Base
 from lora_deploy.validate.binding import Binding, BindOptions
 from lora_deploy.validate.carried import without_adapter
+from lora_deploy.validate.choice import Choice
 from lora_deploy.validate.combine import combine
 from lora_deploy.validate.copies import resized_copies
 from lora_deploy.validate.findings import Findings, misfit
@@ -39,14 +39,14 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     findings = Findings()
     given, (adapters, checkpoint) = tuple(adapters), without_adapter(adapters, checkpoint)
     stack, config_edits = replicated(adapters, checkpoint, findings)
-    base = Base(checkpoint, stack)
+    base, choice = Base(checkpoint, stack), Choice(options)
     placed: list[Placed] = []
     for k, adapter in enumerate(adapters):
         findings.extend(adapter.findings)
         check_identity(adapter, checkpoint, findings)
         copies = [replace(copy, adapter_index=k) for copy in resized_copies(adapter, base, findings)]
-        placed += place(adapter, [*copies, *_weighted(adapter, k, options, findings)], base, findings)
-    placed, excluded = _chosen(placed, options)
+        placed += place(adapter, [*copies, *_weighted(adapter, k, options, findings)], base, choice, findings)
+    choice.check_patterns()
     placed, replaced = apply_replacements(placed, adapters, base, findings)
     updates = _fitted(placed, replaced, adapters, base, findings)
     outputs: dict[str, str | None] = {**stack, **dict.fromkeys(replaced.added)}
@@ -62,7 +62,7 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
         outputs=outputs,
         updates={name: combined[name] for name in outputs if combined.get(name)},
         config_edits=edits,
-        excluded=excluded,
+        excluded=choice.left_out,
         findings=tuple(finding for finding in findings.all if finding.severity is not Severity.ERROR),
         options=options,
     )
@@ -85,25 +85,6 @@ def _weighted(adapter: Adapter, k: int, options: BindOptions, findings: Findings
 
 def _times(experts: Experts, weight: float) -> Experts:
     return replace(experts, scales={name: scale.times(weight) for name, scale in experts.scales.items()})
-
-
-def _chosen(placed: Sequence[Placed], options: BindOptions) -> tuple[list[Placed], tuple[str, ...]]:
-    """Leave out what ``include`` and ``exclude`` leave out; give its keys."""
-    names = {item.part.tensor for item in placed}
-    for pattern in (*options.include, *options.exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise RecipeError(
-                f"pattern {pattern!r} matches none of the {len(names)} tensors that the adapter changes",
-                hint=f"patterns match whole tensor names such as {min(names)}" if names else None,
-            )
-
-    def is_chosen(name: str) -> bool:
-        included = not options.include or any(fnmatchcase(name, pattern) for pattern in options.include)
-        return included and not any(fnmatchcase(name, pattern) for pattern in options.exclude)
-
-    kept = [item for item in placed if is_chosen(item.part.tensor)]
-    left_out = [key for item in placed if not is_chosen(item.part.tensor) for key in item.module_update.keys]
-    return kept, tuple(dict.fromkeys(left_out))
 
 
 def _fitted(

@@ -16,6 +16,7 @@ from lora_deploy.names import Part, Stack
 from lora_deploy.names.dialects import TRANSPOSED_EXPERTS, TRANSPOSED_ON_DISK
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.validate.base import Base
+from lora_deploy.validate.choice import Choice
 from lora_deploy.validate.findings import Findings
 
 _REGISTRATION = ("gate_up_proj", "gate_proj", "w1", "v1", "up_proj", "w3", "down_proj", "w2")
@@ -25,7 +26,7 @@ _WITHOUT_ATTRIBUTE = frozenset({"llama4", "llama4_text"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
+class _Candidate:
     """The parameter that an update may be of, and the stack that holds it."""
 
     parameter: str
@@ -34,8 +35,17 @@ class _Choice:
     """Whether the stored matrix is the transpose of up·down; None when shapes do not tell."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Misfit:
+    """Why an update has no place."""
+
+    code: str
+    target: str
+    message: str
+
+
 def place_experts(
-    adapter: Adapter, updates: Sequence[ModuleUpdate], base: Base, findings: Findings
+    adapter: Adapter, updates: Sequence[ModuleUpdate], base: Base, choice: Choice, findings: Findings
 ) -> Iterator[tuple[ModuleUpdate, Part]]:
     """Turn every update of a stack into one low-rank update for each expert, laid out as stored."""
     by_module: dict[str, list[ModuleUpdate]] = {}
@@ -43,48 +53,51 @@ def place_experts(
         by_module.setdefault(module_update.target, []).append(module_update)
     for module, group in by_module.items():
         for module_update in group:
-            choice = _choose(module, module_update, len(group), base, findings)
-            if choice is None:
-                continue
-            is_transposed = choice.is_transposed
-            if is_transposed is None:
-                is_transposed = _trained_transposed(adapter, base, choice.stack)
-            if is_transposed is None:
-                n_rows, n_cols = choice.stack.shape[1:]
-                findings.error(
-                    "ambiguous-layout",
-                    f"{module}.{choice.parameter}",
-                    f"experts are square ({n_rows}, {n_cols}): model type and peft_version do not say which is in",
-                    module_update.keys,
-                )
-                continue
-            yield from _one_by_one(module_update, choice, is_transposed=is_transposed)
+            found = _find(module, module_update, len(group), adapter, base)
+            if isinstance(found, _Candidate):
+                yield from _one_by_one(module_update, found)
+            elif choice.takes(found.target, module_update.keys):
+                findings.error(found.code, found.target, found.message, module_update.keys)
 
 
-def _choose(module: str, module_update: ModuleUpdate, n_updates: int, base: Base, findings: Findings) -> _Choice | None:
+def _find(
+    module: str, module_update: ModuleUpdate, n_updates: int, adapter: Adapter, base: Base
+) -> _Candidate | _Misfit:
+    """Find the one parameter that an update is of, and its layout."""
     experts = module_update.update
     assert isinstance(experts, Experts)  # noqa: S101 - sorted by the caller
-    choices = [c for name in experts.scales if (c := _choice(module, name, experts, base)) is not None]
+    candidates = [c for name in experts.scales if (c := _candidate(module, name, experts, base)) is not None]
     named = _by_nesting(experts, n_updates)
     if named is not None:
-        choices = [choice for choice in choices if choice.parameter == named]
-    if len(choices) == 1:
-        return choices[0]
-    if choices:
-        found = " or ".join(choice.parameter for choice in choices)
-        findings.error("ambiguous-target", module, f"the update may be of {found}", module_update.keys)
-        return None
+        candidates = [candidate for candidate in candidates if candidate.parameter == named]
+    target = f"{module}.{named or next(iter(experts.scales), '?')}"
+    if not candidates:
+        return _no_candidate(module, target, experts, base)
+    if len(candidates) > 1:
+        names = " or ".join(candidate.parameter for candidate in candidates)
+        return _Misfit("ambiguous-target", target, f"the update may be of {names}")
+    (candidate,) = candidates
+    is_transposed = candidate.is_transposed
+    if is_transposed is None:
+        is_transposed = _trained_transposed(adapter, base, candidate.stack)
+    if is_transposed is None:
+        shape = candidate.stack.shape[1:]
+        message = f"experts are square {shape}: model type and peft_version do not say which axis is in"
+        return _Misfit("ambiguous-layout", target, message)
+    return replace(candidate, is_transposed=is_transposed)
+
+
+def _no_candidate(module: str, target: str, experts: Experts, base: Base) -> _Misfit:
     stacks = {name: base.index.stack(f"{module}.{name}") for name in experts.scales}
     have = ", ".join(f"{name} {stack.shape}" for name, stack in stacks.items() if stack is not None)
     if have:
         shape = (int(experts.up.shape[0]), int(experts.down.shape[1]))
-        code, message = "shape-mismatch", f"update is {shape} for each expert, base is {have}"
-    else:
-        nearest = base.index.parameters_of(module)
-        rest = f"; the module holds {', '.join(nearest)}" if nearest else ""
-        code, message = "target-missing", f"no parameter {' or '.join(experts.scales)} in base{rest}"
-    findings.error(code, f"{module}.{named or next(iter(experts.scales), '?')}", message, module_update.keys)
-    return None
+        n_rows = int(experts.down.shape[0])
+        message = f"update is {shape} for each expert, with {n_rows} ranks of all experts; base is {have}"
+        return _Misfit("shape-mismatch", target, message)
+    nearest = base.index.parameters_of(module)
+    rest = f"; the module holds {', '.join(nearest)}" if nearest else ""
+    return _Misfit("target-missing", target, f"no parameter {' or '.join(experts.scales)} in base{rest}")
 
 
 def _by_nesting(experts: Experts, n_updates: int) -> str | None:
@@ -95,7 +108,7 @@ def _by_nesting(experts: Experts, n_updates: int) -> str | None:
     return innermost_first[n_updates - 1 - experts.nesting] if experts.nesting < n_updates else None
 
 
-def _choice(module: str, name: str, experts: Experts, base: Base) -> _Choice | None:
+def _candidate(module: str, name: str, experts: Experts, base: Base) -> _Candidate | None:
     stack = base.index.stack(f"{module}.{name}")
     if stack is None:
         return None
@@ -106,9 +119,9 @@ def _choice(module: str, name: str, experts: Experts, base: Base) -> _Choice | N
     shape = (experts.up.shape[0], experts.down.shape[1])
     if shape == (n_rows, n_cols):
         is_square_stack = n_rows == n_cols and (n_experts > 1 or not _is_matrix(stack, base))
-        return _Choice(parameter=name, stack=stack, is_transposed=None if is_square_stack else False)
+        return _Candidate(parameter=name, stack=stack, is_transposed=None if is_square_stack else False)
     if shape == (n_cols, n_rows):
-        return _Choice(parameter=name, stack=stack, is_transposed=True)
+        return _Candidate(parameter=name, stack=stack, is_transposed=True)
     return None
 
 
@@ -134,14 +147,12 @@ def _version(adapter: Adapter) -> tuple[int, ...]:
     return tuple(int(part or 0) for part in found.groups()) if found else (0,)
 
 
-def _one_by_one(
-    module_update: ModuleUpdate, choice: _Choice, *, is_transposed: bool
-) -> Iterator[tuple[ModuleUpdate, Part]]:
+def _one_by_one(module_update: ModuleUpdate, candidate: _Candidate) -> Iterator[tuple[ModuleUpdate, Part]]:
     experts = module_update.update
     assert isinstance(experts, Experts)  # noqa: S101 - sorted by the caller
-    for e, parts in enumerate(choice.stack.experts):
-        update: LowRank = experts.expert(choice.parameter, e)
-        if is_transposed:
+    for e, parts in enumerate(candidate.stack.experts):
+        update: LowRank = experts.expert(candidate.parameter, e)
+        if candidate.is_transposed:
             update = update.transposed()
         for part in parts:
             own = update if part.rows is None else update.rows(part.rows)

@@ -26,11 +26,8 @@ def check_identity(adapter: Adapter, checkpoint: Checkpoint, findings: Findings)
             "outputs are to be compared with the 16-bit base",
         )
         return
-    findings.warn(
-        "other-base",
-        adapter.name,
-        f"names base {named}, this one is {checkpoint.ref.name}: the shapes fit, no more is known",
-    )
+    message = f"names base {named}, this one is {checkpoint.ref.name}"
+    findings.warn("other-base", adapter.name, message)
 
 
 def _known_names(checkpoint: Checkpoint) -> set[str]:

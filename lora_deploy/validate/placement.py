@@ -10,6 +10,7 @@ from lora_deploy.adapter import Adapter, Experts, ModuleUpdate
 from lora_deploy.names import AmbiguousNameError, Part
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate.base import Base
+from lora_deploy.validate.choice import Choice
 from lora_deploy.validate.experts import place_experts
 from lora_deploy.validate.findings import Findings
 
@@ -28,8 +29,10 @@ class Placed:
     part: Part
 
 
-def place(adapter: Adapter, updates: Sequence[ModuleUpdate], base: Base, findings: Findings) -> list[Placed]:
-    """Place the updates of one adapter; what has no place becomes a finding."""
+def place(
+    adapter: Adapter, updates: Sequence[ModuleUpdate], base: Base, choice: Choice, findings: Findings
+) -> list[Placed]:
+    """Place the chosen updates of one adapter; what has no place becomes a finding."""
     placed: list[Placed] = []
     added: set[str] = set()
     experts: list[ModuleUpdate] = []
@@ -38,22 +41,26 @@ def place(adapter: Adapter, updates: Sequence[ModuleUpdate], base: Base, finding
         if isinstance(module_update.update, Experts):
             experts.append(module_update)
             continue
-        parts = _find(adapter, module_update, base, added, findings)
+        parts = _find(adapter, module_update, base, added, choice, findings)
         placed += (Placed(module_update=module_update, part=part) for part in parts)
-    placed += (Placed(module_update=u, part=part) for u, part in place_experts(adapter, experts, base, findings))
+    placed += (
+        Placed(module_update=u, part=part) for u, part in place_experts(adapter, experts, base, choice, findings)
+    )
+    placed = [item for item in placed if choice.takes(item.part.tensor, item.module_update.keys)]
     _refuse_mixed_dialects(adapter, placed, base, findings)
     return placed
 
 
 def _find(
-    adapter: Adapter, module_update: ModuleUpdate, base: Base, added: set[str], findings: Findings
+    adapter: Adapter, module_update: ModuleUpdate, base: Base, added: set[str], choice: Choice, findings: Findings
 ) -> Sequence[Part]:
     name, keys = module_update.target, module_update.keys
     for candidate in _candidates(name):
         try:
             parts = base.index.find(candidate)
         except AmbiguousNameError as error:
-            findings.error("ambiguous-target", candidate, str(error), keys)
+            if choice.takes(candidate, keys):
+                findings.error("ambiguous-target", candidate, str(error), keys)
             return ()
         if parts is not None:
             return parts
@@ -64,7 +71,8 @@ def _find(
     if isinstance(module_update.update, Replacement) and _is_head(adapter, name, base):
         added.add(name)
         return (Part(tensor=name),)
-    findings.error(*_missing(name, base), keys)
+    if choice.takes(name, keys):
+        findings.error(*_missing(name, base), keys)
     return ()
 
 
