@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from pydantic import TypeAdapter
 
@@ -30,6 +30,7 @@ from lora_deploy.bases.quantised import sixteen_bit_original
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef, open_checkpoint
 from lora_deploy.companions import companion_files
 from lora_deploy.errors import InconclusiveError, InputError, RecipeError, ReplayError
+from lora_deploy.evidence.replay import ReplayReport, replay
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
@@ -41,9 +42,6 @@ from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, read_record
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding, BindOptions, bind
-
-if TYPE_CHECKING:
-    from lora_deploy.evidence.replay import ReplayReport
 
 __all__ = [
     "base_artifacts",
@@ -176,8 +174,6 @@ def verify(
         InputError: An input is not the recorded one.
         LoraDeployError: As ``validate``.
     """
-    from lora_deploy.evidence.replay import replay
-
     root = _merged_folder(folder)
     options = merge_options or MergeOptions()
     if (root / RECORD_NAME).is_file():
