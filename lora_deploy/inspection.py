@@ -77,7 +77,7 @@ class Inspection:
     base_hint: BaseHint
     modules: tuple[ModuleReport, ...]
     findings: tuple[Finding, ...]
-    """What the reader noticed, then what the figures show."""
+    """What the reader noticed (untrained modules among it), then what the figures show."""
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
@@ -226,11 +226,3 @@ def _surprises(modules: tuple[ModuleReport, ...]) -> Iterator[Finding]:
                 message="its tensors hold NaN or infinity",
                 source=", ".join(module.keys),
             )
-    untrained = [module.target for module in modules if module.measured.is_untrained]
-    if untrained:
-        yield Finding(
-            code="untrained",
-            severity=Severity.WARN,
-            target=untrained[0],
-            message=f"Δ = 0, its B or A is all zero; so are {len(untrained)} of {len(modules)} updates",
-        )

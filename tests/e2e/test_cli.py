@@ -128,6 +128,22 @@ def test_inspect_in_a_pipe_never_cuts_a_name(tmp_path: Path) -> None:
     assert f"{module.removeprefix('base_model.model.')}.weight " in output
 
 
+def test_every_real_file_is_inspected_or_refused_in_one_line(corpus: Path) -> None:
+    suffixes = {".safetensors", ".bin", ".pt", ".pth", ".npz"}
+    files = sorted(path for path in (corpus / "adapters").rglob("*") if path.suffix in suffixes)
+    outcomes = {path: run("inspect", path, "--json") for path in files}
+    assert {result.exit_code for result in outcomes.values()} == {0, 3}
+    for path, result in outcomes.items():
+        found = json.loads(result.stdout)
+        if result.exit_code:
+            assert "\n" not in found["error"]["message"], path
+            assert str(path) in found["error"]["message"]
+        else:
+            low_rank = [module for module in found["modules"] if module["kind"] == "low-rank"]
+            assert low_rank, path
+            assert all(0 <= module["effective_rank"] <= module["rank"] + 1e-9 for module in low_rank), path
+
+
 # ------------------------------------------------------------------------------------------------------------ validate
 
 
