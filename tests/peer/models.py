@@ -16,14 +16,22 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -63,6 +71,35 @@ def gpt2(**options: Any) -> GPT2LMHeadModel:
         **{"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 16, **options}
     )
     return randomize(GPT2LMHeadModel(config))
+
+
+_EXPERTS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def mixtral(**options: Any) -> MixtralForCausalLM:
+    """Fused experts in memory, (experts, out, in); on disk ``block_sparse_moe`` with a file entry for each expert."""
+    sizes = {"intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": VOCABULARY}
+    return randomize(MixtralForCausalLM(MixtralConfig(**{**_EXPERTS, **sizes, **options})))
+
+
+def qwen2_moe(**options: Any) -> Qwen2MoeForCausalLM:
+    """As Mixtral, under other names, with a shared expert beside."""
+    sizes = {"intermediate_size": 24, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "vocab_size": VOCABULARY}
+    return randomize(Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**_EXPERTS, **sizes, **experts, **options})))
+
+
+def gpt_oss(**options: Any) -> GptOssForCausalLM:
+    """Fused experts on disk too, (experts, in, out), and they say so (``is_transposed``)."""
+    sizes = {"intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
+    return randomize(GptOssForCausalLM(GptOssConfig(**{**_EXPERTS, **sizes, "vocab_size": VOCABULARY, **options})))
+
+
+def llama4(**options: Any) -> Llama4ForCausalLM:
+    """Fused experts on disk too, (experts, in, out), and nothing says so."""
+    sizes = {"intermediate_size": 12, "intermediate_size_mlp": 20, "num_local_experts": 3, "head_dim": 8}
+    config = Llama4TextConfig(**{**_EXPERTS, **sizes, "vocab_size": VOCABULARY, **options})
+    return randomize(Llama4ForCausalLM(config))
 
 
 def gpt_neox() -> GPTNeoXForCausalLM:
