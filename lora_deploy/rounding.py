@@ -129,6 +129,5 @@ def round_fraction(value: Fraction, dtype: DType) -> float:
         exponent -= 1
     quantum = Fraction(2) ** max(exponent - _MANTISSA_BITS[dtype] + 1, _MIN_EXPONENT[dtype])
     rounded = round(size / quantum) * quantum  # Python rounds a Fraction's half to even
-    if rounded > Fraction(_MAX[dtype]):
-        return math.copysign(math.inf, value)
-    return math.copysign(float(rounded), value)
+    result = float(rounded) if rounded <= Fraction(_MAX[dtype]) else math.inf
+    return -result if value < 0 else result

@@ -45,13 +45,26 @@ class Scale:
 
     @property
     def value(self) -> float:
-        """The float64 nearest to the exact factor: the scale that the merge is defined with."""
+        """The float64 nearest to the exact factor: the scale that the merge is defined with.
+
+        Raises:
+            UnmergeableAdapterError: It exceeds float64.
+        """
+        try:
+            return self._nearest()
+        except OverflowError as error:
+            raise UnmergeableAdapterError(f"scale {self.source}: exceeds float64's range") from error
+
+    def _nearest(self) -> float:
         if self.root == 1 or not self.factor:
             return float(self.factor)
         square = self.factor**2 / self.root
         shift = _ROOT_BITS + max(0, square.denominator.bit_length() - square.numerator.bit_length())
-        size = Fraction(math.isqrt((square.numerator << (2 * shift)) // square.denominator), 1 << shift)
-        return math.copysign(float(size), self.factor)
+        scaled = square * (1 << (2 * shift))
+        root = math.isqrt(math.floor(scaled))
+        is_cut = root**2 != scaled  # one more bit says so: what lies a hair above a tie must not be rounded as the tie
+        size = float(Fraction(2 * root + is_cut, 2 << shift))
+        return -size if self.factor < 0 else size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
