@@ -53,14 +53,14 @@ class Trained:
         """The unmerged forward pass."""
         return forward(self.model, inputs)
 
-    def merged(self) -> dict[str, Tensor]:
+    def merged(self, name: str = "default") -> dict[str, Tensor]:
         """What PEFT's ``merge_and_unload`` makes of the adapter, in float64."""
-        return {name: t.detach() for name, t in self.merged_model().state_dict().items()}
+        return {name: t.detach() for name, t in self.merged_model(name).state_dict().items()}
 
-    def merged_model(self) -> nn.Module:
-        """PEFT's merge; it takes ``model`` to pieces: ask for ``output`` before."""
+    def merged_model(self, name: str = "default") -> nn.Module:
+        """PEFT's merge of one adapter; it takes ``model`` to pieces: ask for ``output`` before."""
         with peft_advice_unheard():
-            return self.model.merge_and_unload()
+            return self.model.merge_and_unload(adapter_names=[name])
 
 
 @contextmanager
