@@ -47,6 +47,7 @@ PROMPTS = (
 )
 MAX_REPLY_TOKENS = 64
 SHOWN_CHARACTERS = 150
+SHOWN_LINES = 22
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     began = time.perf_counter()
     title("the base")
-    base = import_packaged_base().folder
+    base = named(import_packaged_base().folder, options.output)
     merged = options.output / "smollm2-json-merged"
     run_commands(base, merged)
     title("the same prompts, three models")
@@ -69,6 +70,15 @@ def main() -> None:
     print(f"the demo took {time.perf_counter() - began:.0f} s; the merged model is in {merged}")
     if found:
         raise SystemExit("\n".join(("the demo failed:", *found)))
+
+
+def named(folder: Path, output: Path) -> Path:
+    """Give the unpacked base the name that the adapter knows it by, as a link beside the output."""
+    link = output / "SmolLM2-135M-Instruct"
+    output.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder, target_is_directory=True)
+    return link
 
 
 def run_commands(base: Path, merged: Path) -> None:
@@ -82,9 +92,20 @@ def run_commands(base: Path, merged: Path) -> None:
     ):
         title(shlex.join(["lora-deploy", *arguments]), prefix="$ ")
         program = str(Path(sys.executable).with_name("lora-deploy"))
-        status = subprocess.run([program, *arguments], check=False).returncode
-        if status:
-            raise SystemExit(f"the demo failed: lora-deploy {arguments[0]} ended with exit status {status}")
+        is_long = arguments[0] == "inspect"
+        run = subprocess.run([program, *arguments], check=False, stdout=subprocess.PIPE if is_long else None, text=True)
+        if is_long:
+            show_head(run.stdout)
+        if run.returncode:
+            raise SystemExit(f"the demo failed: lora-deploy {arguments[0]} ended with exit status {run.returncode}")
+
+
+def show_head(text: str) -> None:
+    """Print the beginning of a long output, and how much follows."""
+    lines = text.splitlines()
+    print("\n".join(lines[:SHOWN_LINES]))
+    if len(lines) > SHOWN_LINES:
+        print(f"... {len(lines) - SHOWN_LINES} more lines")
 
 
 def compare(base_folder: Path, merged_folder: Path) -> list[Comparison]:

@@ -117,9 +117,14 @@ _COLUMNS: tuple[tuple[str, bool, Callable[[ModuleReport], str]], ...] = (
 """Header, whether the column is there even when all its cells are equal, and a module's cell."""
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def _table(inspection: Inspection) -> tuple[list[str], list[list[str]]]:
     """Build the rows; what is the same for all of several modules stands in the summary only."""
-    modules = inspection.modules
+    modules = sorted(inspection.modules, key=lambda module: _natural(module.target))
     columns = [
         (header, cell) for header, always, cell in _COLUMNS if always or len({cell(module) for module in modules}) > 1
     ]
