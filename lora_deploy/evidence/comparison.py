@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import NonFiniteTensorError
-from lora_deploy.evidence.orders import Misses, Order, Replayer
+from lora_deploy.evidence.orders import Order
+from lora_deploy.evidence.replayer import Misses, Replayer
 from lora_deploy.merge.budget import fit
 from lora_deploy.merge.exact import BlockFacts, Workspace
 from lora_deploy.merge.local import chosen_device, local_workers

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.evidence.comparison import Comparison
-from lora_deploy.evidence.orders import Misses, known_orders
+from lora_deploy.evidence.orders import known_orders
 from lora_deploy.evidence.outcome import Outcome, TensorOutcome
+from lora_deploy.evidence.replayer import Misses
 from lora_deploy.merge.plan import MergePlan, PlannedTensor, Treatment
 from lora_deploy.names import AmbiguousNameError, NameIndex, ties_of
 from lora_deploy.tensors import TensorSpec
