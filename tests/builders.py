@@ -14,10 +14,8 @@ from torch import Tensor
 
 from lora_deploy.adapter import Adapter, ModuleUpdate, Orientation
 from lora_deploy.checkpoint import Checkpoint, open_checkpoint
-from lora_deploy.tensors import Region
 from lora_deploy.updates.interface import Scale, Update
 from lora_deploy.updates.low_rank import LowRank
-from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding
 
 Tensors = Mapping[str, Tensor]
@@ -93,10 +91,9 @@ def merged_values(binding: Binding) -> dict[str, Tensor]:
     merged = {}
     for name, source in binding.outputs.items():
         updates = binding.updates.get(name, ())
-        first = updates[0].update if updates else None
-        is_replaced = isinstance(first, Replacement) and updates[0].region == Region.whole(tuple(first.values.shape))
-        if is_replaced and isinstance(first, Replacement):
-            weight, updates = first.values.to(torch.float64).clone(), updates[1:]
+        shape = binding.shapes.get(name)
+        if shape is not None:
+            weight = torch.full(shape, torch.nan, dtype=torch.float64)
         else:
             assert source is not None, f"{name} starts from nothing"
             spec = checkpoint.tensors[source]

@@ -144,7 +144,7 @@ def _output_dtype(name: str) -> DType | None:
 def _planned(binding: Binding, name: str, source_name: str | None, dtype: DType | None) -> PlannedTensor:
     source = binding.checkpoint.tensors[source_name] if source_name is not None else None
     updates = binding.updates.get(name, ())
-    shape = _shape(name, source, updates)
+    shape = _shape(binding, name, source)
     stored = _stored_dtype(binding, name, source, updates, dtype)
     spec = TensorSpec(name=name, dtype=stored, shape=shape, file="", start=0, stop=stored.n_bytes * _count(shape))
     return PlannedTensor(spec=spec, source=source, updates=updates, treatment=_treatment(source, updates, stored))
@@ -157,10 +157,9 @@ def _count(shape: Iterable[int]) -> int:
     return count
 
 
-def _shape(name: str, source: TensorSpec | None, updates: tuple[ModuleUpdate, ...]) -> tuple[int, ...]:
-    replacements = [entry.update for entry in updates if isinstance(entry.update, Replacement)]
-    if replacements:
-        return tuple(replacements[-1].values.shape)
+def _shape(binding: Binding, name: str, source: TensorSpec | None) -> tuple[int, ...]:
+    if name in binding.shapes:
+        return binding.shapes[name]
     if source is None:
         raise MergeError(f"{name}: neither base nor adapter has its values")
     return source.shape

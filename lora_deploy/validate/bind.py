@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lora_deploy.adapter import Adapter, Experts, ModuleUpdate
@@ -20,7 +20,7 @@ from lora_deploy.validate.findings import Findings, misfit
 from lora_deploy.validate.fit import fit
 from lora_deploy.validate.identity import check_identity
 from lora_deploy.validate.placement import Placed, place
-from lora_deploy.validate.prefix import with_prefix
+from lora_deploy.validate.prefix import output_names
 from lora_deploy.validate.replacements import Replaced, apply_replacements
 from lora_deploy.validate.replication import replicated
 from lora_deploy.validate.sharing import share
@@ -55,12 +55,14 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     findings.extend(check_companions(adapters, checkpoint, _n_tokens(base, replaced), options.tokenizer))
     if findings.has_errors:
         raise misfit(adapters, checkpoint, findings)
-    outputs, combined = with_prefix(outputs, combined, placed, replaced.added, base)
+    shapes = _new_shapes(outputs, replaced, base)
+    final = output_names(placed, replaced.added, base)
     return Binding(
         checkpoint=checkpoint,
         adapters=given,
-        outputs=outputs,
-        updates={name: combined[name] for name in outputs if combined.get(name)},
+        outputs={final(name): source for name, source in outputs.items()},
+        updates={final(name): _renamed(combined[name], final(name)) for name in outputs if combined.get(name)},
+        shapes={final(name): shape for name, shape in shapes.items()},
         config_edits=edits,
         excluded=choice.left_out,
         findings=tuple(finding for finding in findings.all if finding.severity is not Severity.ERROR),
@@ -110,6 +112,16 @@ def _shared_shape(name: str, replaced: Replaced, base: Base) -> tuple[int, ...]:
             return replaced.shapes[other]
     spec = base.spec(name)
     return spec.shape if spec else ()
+
+
+def _new_shapes(outputs: Mapping[str, str | None], replaced: Replaced, base: Base) -> dict[str, tuple[int, ...]]:
+    shapes = {name: replaced.shapes.get(name) or _shared_shape(name, replaced, base) for name in outputs}
+    specs = {name: base.spec(name) for name in outputs}
+    return {name: shape for name, shape in shapes.items() if (spec := specs[name]) is None or spec.shape != shape}
+
+
+def _renamed(updates: Sequence[ModuleUpdate], name: str) -> tuple[ModuleUpdate, ...]:
+    return tuple(update if update.target == name else replace(update, target=name) for update in updates)
 
 
 def _n_tokens(base: Base, replaced: Replaced) -> int | None:

@@ -37,8 +37,10 @@ class Binding:
     outputs may start from one base tensor (layers replicated, embeddings untied)."""
     updates: Mapping[str, tuple[ModuleUpdate, ...]]
     """Changed tensors of ``outputs``, each with its updates in the order they apply. Every update is laid out as stored
-    and has its region; the regions of one tensor are equal or disjoint. A whole ``Replacement`` (its region is the
-    whole tensor) comes first and gives the tensor its shape."""
+    and has its region; the regions of one tensor are equal or disjoint. Within a region
+    replacements come first."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the outputs that do not have the shape of the base tensor they start from."""
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` to set (dotted for nested ones), such as ``tie_word_embeddings``."""
     excluded: tuple[str, ...] = ()

@@ -121,6 +121,7 @@ def _disjoint(updates: Sequence[ModuleUpdate]) -> Iterator[ModuleUpdate]:
         inner = [region.offset, *(b for b in bounds if region.offset < b < region.stop), region.stop]
         for start, stop in pairwise(inner):
             n_cols = min(r.n_cols for r in regions if r.offset <= start and stop <= r.stop)
+            n_cols = n_cols if (stop - start) % n_cols == 0 else stop - start
             yield _piece(update, region, Region(offset=start, n_rows=(stop - start) // n_cols, n_cols=n_cols))
 
 

@@ -6,33 +6,17 @@ A base saved from the model's core names its tensors ``encoder.layer.0…``; wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
-from lora_deploy.adapter import ModuleUpdate
 from lora_deploy.names.dialects import prefixes_of
 from lora_deploy.validate.base import Base
 from lora_deploy.validate.placement import Placed
 
-Outputs = dict[str, str | None]
-Updates = dict[str, tuple[ModuleUpdate, ...]]
 
-
-def with_prefix(
-    outputs: Outputs, updates: Updates, placed: Sequence[Placed], added: Sequence[str], base: Base
-) -> tuple[Outputs, Updates]:
-    """Rename the outputs that come from a base without prefix, if a head was added that needs it."""
+def output_names(placed: Sequence[Placed], added: Sequence[str], base: Base) -> Callable[[str], str]:
+    """Give the function from the names used while binding to those of the merged checkpoint."""
     prefix = _needed_prefix(placed, base) if added else ""
-    if not prefix:
-        return outputs, updates
-
-    def renamed(name: str) -> str:
-        return f"{prefix}{name}" if name in base.specs else name
-
-    return (
-        {renamed(name): source for name, source in outputs.items()},
-        {renamed(n): tuple(replace(u, target=renamed(n)) for u in group) for n, group in updates.items()},
-    )
+    return lambda name: f"{prefix}{name}" if name in base.specs else name
 
 
 def _needed_prefix(placed: Sequence[Placed], base: Base) -> str:

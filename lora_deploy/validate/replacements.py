@@ -46,8 +46,8 @@ def apply_replacements(
             kept.append(item)
             continue
         squeezed = _squeezed(item, update, base)
-        kept.append(squeezed)
-        _note_shape(squeezed, replaced, base, findings)
+        if _note_shape(squeezed, replaced, base, findings):
+            kept.append(squeezed)
     _check_vocabulary(replaced, base, findings)
     _label_edits(replaced, base)
     if replaced.added:
@@ -67,27 +67,28 @@ def _squeezed(item: Placed, update: Replacement, base: Base) -> Placed:
     return replace(item, module_update=replace(item.module_update, update=reshaped))
 
 
-def _note_shape(item: Placed, replaced: Replaced, base: Base, findings: Findings) -> None:
+def _note_shape(item: Placed, replaced: Replaced, base: Base, findings: Findings) -> bool:
+    """Note what a replacement does to its tensor; False if it does not fit."""
     update, name, keys = item.module_update.update, item.part.tensor, item.module_update.keys
     assert isinstance(update, Replacement)  # noqa: S101 - filtered by the caller
     shape = tuple(update.values.shape)
     spec = base.spec(name)
-    if spec is None:
-        if name not in replaced.shapes:
-            replaced.added.append(name)
-            findings.note("tensor-added", name, f"not in base: the adapter brings it, {shape}", keys)
-    elif shape != spec.shape:
-        canonical = base.index.canonical(name)
+    if replaced.shapes.get(name, shape) != shape:
+        message = f"two adapters replace it by different shapes, {replaced.shapes[name]} and {shape}"
+        findings.error("replaced-twice", name, message, keys)
+        return False
+    if spec is not None and shape != spec.shape:
         is_row_count = shape[1:] == spec.shape[1:] and len(shape) == len(spec.shape)
-        if not (is_row_count and (_LABEL_HEAD.match(canonical) or _is_vocabulary(name, base))):
+        if not (is_row_count and (_LABEL_HEAD.match(base.index.canonical(name)) or _is_vocabulary(name, base))):
             findings.error("shape-mismatch", name, f"replacement is {shape}, base is {tuple(spec.shape)}", keys)
-            return
+            return False
+    if name not in replaced.shapes and spec is None:
+        replaced.added.append(name)
+        findings.note("tensor-added", name, f"not in base: the adapter brings it, {shape}", keys)
+    elif name not in replaced.shapes and spec is not None and shape != spec.shape:
         findings.note("tensor-resized", name, f"{spec.shape[0]} rows become {shape[0]}", keys)
-    known = replaced.shapes.setdefault(name, shape)
-    if known != shape:
-        findings.error(
-            "replaced-twice", name, f"two adapters replace it by different shapes, {known} and {shape}", keys
-        )
+    replaced.shapes[name] = shape
+    return True
 
 
 def _is_vocabulary(name: str, base: Base) -> bool:
