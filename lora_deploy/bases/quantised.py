@@ -23,7 +23,6 @@ _SUFFIX = re.compile(
 _PACKED_NAMES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("bitsandbytes", re.compile(r"\.weight\.(?:quant_state\.|absmax$|quant_map$|nested_)|\.SCB$")),
     ("GPTQ or AWQ", re.compile(r"\.(?:qweight|qzeros)$")),
-    ("MXFP4", re.compile(r"_(?:blocks|scales)$")),
     ("compressed-tensors", re.compile(r"\.weight_packed$")),
     ("FP8", re.compile(r"\.weight_scale(?:_inv)?$")),
 )
@@ -57,6 +56,8 @@ def quantisation_of(checkpoint: Checkpoint) -> str | None:
         if any(pattern.search(name) for name in checkpoint.tensors):
             return method
     for name, spec in checkpoint.tensors.items():
+        if name.endswith("_blocks") and f"{name.removesuffix('blocks')}scales" in checkpoint.tensors:
+            return "MXFP4"
         if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype in _PACKED_DTYPES:
             is_mlx = name.removesuffix("weight") + "scales" in checkpoint.tensors
             return "MLX" if is_mlx else f"{spec.dtype.value} weights"

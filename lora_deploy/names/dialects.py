@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 Renames = tuple[tuple[str, str], ...]
@@ -230,6 +231,7 @@ def canonical_form(config: Mapping[str, Any]) -> Callable[[str], str]:
     renames = [(re.compile(pattern), new) for pattern, new in (*_ALWAYS, *_renames_of(config))]
     wrappers = re.compile(_WRAPPERS)
 
+    @cache  # every stage of binding asks for the same names again
     def canonical(name: str) -> str:
         if "_" in name:
             name = wrappers.sub("", name).removeprefix(".")

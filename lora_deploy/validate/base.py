@@ -34,8 +34,10 @@ class Base:
 
     def spec(self, name: str) -> TensorSpec | None:
         """Give the tensor that an output of this name starts from, or None when the base has nothing for it."""
+        if name in self.specs:
+            return self.specs[name]
         tie = self._members.get(self.index.canonical(name))
-        return self.specs.get(name) or (self.specs[tie.source] if tie and tie.member == name else None)
+        return self.specs[tie.source] if tie and tie.member == name else None
 
     def absent_member(self, name: str) -> Tie | None:
         """Give the tie by which the model has a tensor of this name though the file has none."""

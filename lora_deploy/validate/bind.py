@@ -55,6 +55,7 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     findings.extend(check_companions(adapters, checkpoint, _n_tokens(base, replaced), options.tokenizer))
     if findings.has_errors:
         raise misfit(adapters, checkpoint, findings)
+    _check_consumed(adapters, combined, choice)
     shapes = _new_shapes(outputs, replaced, base)
     final = output_names(placed, replaced.added, base)
     return Binding(
@@ -115,9 +116,21 @@ def _shared_shape(name: str, replaced: Replaced, base: Base) -> tuple[int, ...]:
 
 
 def _new_shapes(outputs: Mapping[str, str | None], replaced: Replaced, base: Base) -> dict[str, tuple[int, ...]]:
+    if not replaced.shapes:
+        return {}
     shapes = {name: replaced.shapes.get(name) or _shared_shape(name, replaced, base) for name in outputs}
     specs = {name: base.spec(name) for name in outputs}
     return {name: shape for name, shape in shapes.items() if (spec := specs[name]) is None or spec.shape != shape}
+
+
+def _check_consumed(
+    adapters: Sequence[Adapter], combined: Mapping[str, tuple[ModuleUpdate, ...]], choice: Choice
+) -> None:
+    """Law 4, on every run: no key of an adapter may get lost on the way here."""
+    used = {key for updates in combined.values() for update in updates for key in update.keys} | {*choice.left_out}
+    lost = [key for adapter in adapters for update in adapter.updates for key in update.keys if key not in used]
+    if lost:
+        raise AssertionError(f"binding lost {len(lost)} adapter keys, first {lost[0]}")
 
 
 def _renamed(updates: Sequence[ModuleUpdate], name: str) -> tuple[ModuleUpdate, ...]:
