@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,11 @@ def test_a_folder_with_an_index_only_claims_to_have_weights(tmp_path: Path) -> N
     assert not has_weights(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert has_weights(tmp_path)
+
+
+def test_a_header_that_was_not_padded_moves_no_byte(tmp_path: Path) -> None:
+    values = torch.arange(6.0)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}}).encode()
+    header += b" " * (-len(header) % 4 + 1)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + values.numpy().tobytes())
+    assert torch.equal(torch.frombuffer(open_checkpoint(tmp_path).read("a"), dtype=torch.float32), values)
