@@ -39,6 +39,8 @@ _ABOVE, _BELOW = 1 + 2.0**-23, 1 - 2.0**-23
 """Times a normal float32, rounded: one or two units in the last place further from zero, or nearer to it."""
 _STILL_NORMAL = 2.0**-120
 """Values down to here move when they are multiplied by those."""
+_UNDERFLOWING = 2.0**-140
+"""Larger than the smallest float32 number."""
 _GATHERED = 1 << 18
 """Factor elements that levels 2 and 3 gather at a time."""
 _FEW = 8
@@ -121,6 +123,8 @@ def merge_rows(
     if merged.numel():
         block = _Block(weights=weights, factors=factors, first_row=rows.start or 0, merged=merged, dtype=dtype)
         _settle(block, *_merge_tiles(block, workspace, facts), facts)
+        if dtype in {DType.F32, DType.F64}:
+            facts.max_abs = _max_abs(merged)
         if not facts.max_abs <= largest(dtype):
             _refuse(name, block)
     return merged, facts
@@ -177,15 +181,16 @@ def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> tupl
 def _round_to_single(values: Tensor, merged: Tensor, error: float, workspace: Workspace, facts: BlockFacts) -> Tensor:
     """Level 1 for float32: write the rounded tile, give the flat positions that are still open.
 
-    ``error`` bounds the float64 error of every element: by the Frobenius norm of the weights, which none exceeds.
+    ``error`` bounds the float64 error of every element: by the Frobenius norm of the weights, which none exceeds. Zero
+    stays open, and what may be stored as zero.
     """
+    reach = max(1.001 * error, _UNDERFLOWING)
     low = workspace.take("low", torch.float32, *values.shape)
     high = workspace.take("high", torch.float32, *values.shape)
     wide = workspace.take("wide", torch.float64, *values.shape)
-    high.copy_(torch.add(values, 1.001 * error, out=wide))
-    low.copy_(torch.sub(values, 1.001 * error, out=wide))
+    high.copy_(torch.add(values, reach, out=wide))
+    low.copy_(torch.sub(values, reach, out=wide))
     merged.copy_(low)
-    facts.max_abs = max(facts.max_abs, *(abs(float(bound)) for bound in torch.aminmax(low)))
     _add_error_square(wide.copy_(low).sub_(values), facts)
     return _differing(high.view(torch.int32).bitwise_xor_(low.view(torch.int32)))
 
@@ -210,8 +215,9 @@ def _round_to_half(values: Tensor, merged: Tensor, error: float, workspace: Work
     found = _differing(high_bits.bitwise_xor_(low_bits))
     sizes = torch.bitwise_and(low_bits, 0x7FFF, out=high_bits)
     least, most = (_size(int(bits), target) for bits in torch.aminmax(sizes))
-    facts.max_abs = max(facts.max_abs, most)
     too_small = max(5 * error * 2.0**25, _STILL_NORMAL)
+    if most > too_small:  # else all are open
+        facts.max_abs = max(facts.max_abs, most)
     if least <= too_small:
         found = torch.cat([found, (wide.abs().view(-1) <= too_small).nonzero().view(-1)]).unique()
     _add_error_square(wide.sub_(single), facts)
@@ -248,15 +254,15 @@ def _settle(block: _Block, flat: Tensor, values: Tensor, facts: BlockFacts) -> N
         size = factors.size(weight, row + block.first_row, col)
         bound = size * factors.unit
         low, high = round_once(value - bound, dtype), round_once(value + bound, dtype)
-        is_open = weight.isfinite() & ((low.view(BITS[dtype]) != high.view(BITS[dtype])) | ~value.isfinite())
-        if not factors.is_plain:
-            is_open = weight.isfinite()
+        is_open = weight.isfinite()
+        if factors.is_plain:
+            is_open &= low.view(BITS[dtype]) != high.view(BITS[dtype])
         facts.n_underflowed += int(((low == 0) & (value.abs() + bound != 0) & ~is_open).sum())
         again = is_open.nonzero().view(-1)
         if again.numel():
             low[again] = _settle_finely(block, weight[again], row[again], col[again], size[again], facts)
         block.merged[row, col] = low
-        facts.max_abs = max(facts.max_abs, _max_abs(low))
+        facts.max_abs = max(facts.max_abs, _max_abs(low))  # of 16 bits; level 1 saw those next to it towards zero
 
 
 def _settle_finely(block: _Block, weight: Tensor, row: Tensor, col: Tensor, size: Tensor, facts: BlockFacts) -> Tensor:

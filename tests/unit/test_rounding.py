@@ -72,6 +72,9 @@ def test_a_rest_below_float64_decides_on_every_boundary(dtype: DType) -> None:
         assert_bits(round_pair(sign * boundary, 0 * rest, dtype), sign * torch.where(is_even, below, above))
         beside = torch.nextafter(boundary, torch.zeros(()))
         assert_bits(round_pair(sign * beside, sign * rest, dtype), sign * below)
+        for beside in (torch.nextafter(boundary, torch.zeros(())), torch.nextafter(boundary, 2 * boundary)):
+            on_boundary = round_pair(sign * beside, sign * (boundary - beside), dtype)
+            assert_bits(on_boundary, sign * torch.where(is_even, below, above))
 
 
 @pytest.mark.parametrize("dtype", ALL)
