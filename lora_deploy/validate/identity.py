@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from lora_deploy.adapter import Adapter
 from lora_deploy.bases.quantised import sixteen_bit_original
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.validate.findings import Findings
+
+_FILE_SUFFIX = re.compile(r"\.safetensors$|(?:[.-](?:i?q\d\w*|b?f16|f32))?\.gguf$")
+"""GGUF files carry their quantisation in the name."""
 
 
 def check_identity(adapter: Adapter, checkpoint: Checkpoint, findings: Findings) -> None:
@@ -36,8 +41,9 @@ def _known_names(checkpoint: Checkpoint) -> set[str]:
 
 
 def _short(name: str) -> str:
-    """Reduce a hub id or a path to what both keep: its last component, without case."""
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold().removesuffix(".safetensors")
+    """Reduce a hub id or a path to what both keep: its last component, without case and file suffix."""
+    last = name.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
+    return _FILE_SUFFIX.sub("", last)
 
 
 def _check_revision(adapter: Adapter, checkpoint: Checkpoint, findings: Findings) -> None:
