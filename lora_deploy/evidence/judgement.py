@@ -21,6 +21,8 @@ from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.updates.addition import Addition
 from lora_deploy.updates.low_rank import LowRank
+from lora_deploy.updates.replacement import Replacement
+from lora_deploy.updates.token_rows import TokenRows
 
 
 def judge(comparison: Comparison, plan: MergePlan, merged: Checkpoint, *, is_ours: bool) -> TensorOutcome:
@@ -90,7 +92,9 @@ def _is_invisible(comparison: Comparison) -> bool:
 
 
 def _changes_nothing(update: object) -> bool:
-    """Whether an update is zero as a matter of fact, such as an untrained module's."""
+    """Whether an update is zero as a matter of fact, as an untrained module's is, or gives values, not differences."""
     if isinstance(update, LowRank):
         return not (update.scale.value and bool(update.up.any()) and bool(update.down.any()))
-    return isinstance(update, Addition) and not (update.scale.value and bool(update.values.any()))
+    if isinstance(update, Addition):
+        return not (update.scale.value and bool(update.values.any()))
+    return isinstance(update, Replacement | TokenRows)

@@ -9,8 +9,8 @@ Unsloth (float32 sum), and of those that scale one factor first (torchtune, mlx-
 Tolerance. A tensor is explained when *one* order holds for all of its elements: each is the definition's own value,
 or lies in the enclosure of what that order gives. Rounding is monotone, so the enclosure is the ends rounded step by
 step; its width comes only from what float32 arithmetic may lose in a product of rank r (r + 4 units of float32),
-which nearly always rounds away: one value, or two neighbours where it does not. Factorisations (PiSSA, OLoRA, KaSA),
-which peers do in float32, may differ by 2^-14 of the weight's root mean square.
+which nearly always rounds away: one value, or two neighbours where it does not, a step of weight or delta apart.
+Factorisations (PiSSA, OLoRA, KaSA), which peers do in float32, may differ by 2^-14 of the weight's root mean square.
 
 Why this hides nothing. An element that was left at the base's value passes only where an order that explains all the
 other elements gives just that value there: then no byte could tell. A tensor of which that is true throughout is not

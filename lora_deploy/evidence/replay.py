@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_deploy.checkpoint import open_checkpoint
+from lora_deploy.bases import open_base
+from lora_deploy.checkpoint import Checkpoint, has_weights, open_checkpoint
 from lora_deploy.evidence.comparison import compare
 from lora_deploy.evidence.configuration import check_config
 from lora_deploy.evidence.judgement import judge, overall
@@ -83,7 +84,7 @@ def replay(plan: MergePlan, folder: Path, *, is_ours: bool = False, progress: Pr
         MemoryBudgetError: The plan's memory budget is too small.
     """
     started = time.monotonic()
-    merged = open_checkpoint(folder)
+    merged = _opened(folder)
     pairing = pair(plan, merged)
     compare(plan, merged, pairing.comparisons, progress)
     outcomes = [judge(comparison, plan, merged, is_ours=is_ours) for comparison in pairing.comparisons]
@@ -99,6 +100,13 @@ def replay(plan: MergePlan, folder: Path, *, is_ours: bool = False, progress: Pr
         seconds=time.monotonic() - started,
         is_ours=is_ours,
     )
+
+
+def _opened(folder: Path) -> Checkpoint:
+    """Open safetensors as they are; pickled weights (``pytorch_model.bin``) as a base's are, converted once."""
+    if has_weights(folder) or not folder.is_dir():
+        return open_checkpoint(folder)
+    return open_base(str(folder))
 
 
 def _check_layout(plan: MergePlan, folder: Path) -> Iterator[TensorOutcome]:

@@ -80,10 +80,13 @@ def _product(update: LowRank, order: Order, rows: Tensor, cols: Tensor, multiply
     ups, downs = rows.to(torch.float64), cols.to(torch.float64)
     if order.factors is not None:
         ups, downs = (round_once(t, order.factors).to(torch.float64) for t in (ups, downs))
+    error: Tensor | float = _TINY
     if order.scales_up_first:
-        ups, scale = round_once(ups * scale, order.product).to(torch.float64), 1.0
+        scaled, scale = _scaled(Enclosure.exactly(ups), scale, order), 1.0
+        ups = (scaled.low + scaled.high) / 2
+        error = error + multiply((scaled.high - scaled.low) / 2, downs.abs())
     size = multiply(ups.abs(), downs.abs())
-    product = Enclosure.exactly(multiply(ups, downs)).widened(size * ((update.rank + 4) * _UNIT) + _TINY)
+    product = Enclosure.exactly(multiply(ups, downs)).widened(size * ((update.rank + 4) * _UNIT) + error)
     return _scaled(product.rounded(order.product) if order.product is not DType.F32 else product, scale, order)
 
 
