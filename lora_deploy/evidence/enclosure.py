@@ -45,10 +45,10 @@ class Enclosure:
         return Enclosure(low, high)
 
     def __add__(self, other: Enclosure) -> Enclosure:
-        return _outward(self.low + other.low, self.high + other.high)
+        return Enclosure(_sum(self.low, other.low, -torch.inf), _sum(self.high, other.high, torch.inf))
 
     def __sub__(self, other: Enclosure) -> Enclosure:
-        return _outward(self.low - other.high, self.high - other.low)
+        return Enclosure(_sum(self.low, -other.high, -torch.inf), _sum(self.high, -other.low, torch.inf))
 
     def __mul__(self, other: Enclosure) -> Enclosure:
         return _hull(*(a * b for a in (self.low, self.high) for b in (other.low, other.high)))
@@ -67,6 +67,14 @@ class Enclosure:
     def contains(self, values: Tensor) -> Tensor:
         """Which values lie between the bounds; what is not finite never does."""
         return (self.low <= values) & (values <= self.high) & values.isfinite()
+
+
+def _sum(a: Tensor, b: Tensor, outward: float) -> Tensor:
+    """Add; move outward only where float64 rounded, so that an exact tie stays one (error-free sum: Knuth's)."""
+    total = a + b
+    shift = total - a
+    is_exact = (a - (total - shift)) + (b - shift) == 0
+    return torch.where(is_exact, total, torch.nextafter(total, torch.full_like(total, outward)))
 
 
 def _hull(first: Tensor, *others: Tensor) -> Enclosure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lora_deploy.validate import bind
 from tests.builders import adapter_of, make_checkpoint, module_update
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-SCALE = 1.3
+SCALE = math.sqrt(2)  # no short fraction, whose products with few bits are ties
 
 
 class Case:
@@ -84,8 +85,8 @@ def test_an_enclosure_is_nearly_always_one_value_and_else_a_step_of_weight_or_de
     for order in known_orders(case.planned):
         found = case.enclosure(order)
         width = found.high - found.low
-        assert (width == 0).double().mean() > 0.9, order  # exact ties leave both sides open
-        assert bool((width <= 2.0**-7 * terms).all()), order
+        assert (width == 0).double().mean() > 0.95, order
+        assert bool((width <= 2.0**-6 * terms).all()), order
 
 
 @pytest.mark.parametrize("base", DTYPES, ids=str)
