@@ -150,9 +150,9 @@ class _Check:
         positions = np.flatnonzero(_elements(expected, size) != _elements(found, size)) + chunk.start // size
         orders = self.comparison.add(positions)
         if orders:
-            values = _as_tensor(found, self.comparison.stored).to(torch.float64)
             flat = torch.from_numpy(positions)
-            self.comparison.miss(self.replayer.misses(orders, flat, values[flat - chunk.start // size], _FEW))
+            values = _as_tensor(found, self.comparison.stored)[flat - chunk.start // size].to(torch.float64)
+            self.comparison.miss(self.replayer.misses(orders, flat, values, _FEW))
 
     def _is_base(self, chunk: Chunk, found: memoryview) -> bool:
         """Whether these are the base's values, rounded to the stored format."""

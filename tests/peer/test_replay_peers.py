@@ -123,6 +123,21 @@ def test_a_base_that_was_loaded_in_another_dtype_passes(
     assert_bare_base_fails(base, [adapter])
 
 
+@pytest.mark.parametrize("stored", [BF16, F16, F32], ids=lambda dtype: f"stored in {dtype}")
+@pytest.mark.parametrize("working", [BF16, F16, F32], ids=lambda dtype: f"merged in {dtype}")
+def test_mergekits_way_of_merging_in_one_dtype_and_storing_in_another_passes(
+    working: torch.dtype, stored: torch.dtype, tmp_path: Path
+) -> None:
+    """In mergekit 0.1.5, ``ModelReference.merged`` is PEFT's merge in one dtype; its own tasks cast to another."""
+    model = llama(**WIDE, num_hidden_layers=1).to(BF16)
+    base = save_base(model, tmp_path / "base")
+    adapter = adapted(model, LoraConfig(r=4, lora_alpha=7, target_modules="all-linear"), tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=working)
+    merge_with_peft(loaded, [adapter], tmp_path / "cached", Mode())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "cached", dtype=working).to(stored)
+    assert_passes(pipeline.verify(save_base(merged, tmp_path / "merged"), adapters=[adapter], base=base))
+
+
 @dataclass(frozen=True)
 class Variant:
     name: str
@@ -211,7 +226,7 @@ for case in json.load(open(sys.argv[1])):
 
 
 @pytest.mark.skipif(find_spec("mergekit") is None, reason="needs mergekit: pip install --no-deps mergekit immutables")
-def test_merges_by_mergekit_pass_whatever_dtype_it_loads_and_stores(tmp_path: Path) -> None:
+def test_merges_by_mergekit_itself_pass_whatever_dtype_it_loads_and_stores(tmp_path: Path) -> None:
     model = llama(**WIDE, num_hidden_layers=1).to(BF16)
     base = save_base(model, tmp_path / "base")
     adapter = adapted(model, LoraConfig(r=4, lora_alpha=7, target_modules="all-linear"), tmp_path / "adapter")

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_deploy.adapter import Adapter
+from lora_deploy.errors import MalformedCheckpointError
 from lora_deploy.evidence.outcome import Outcome, TensorOutcome
 from lora_deploy.evidence.replay import ReplayReport, replay
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
+from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.interface import Scale
 from lora_deploy.updates.low_rank import LowRank
+from lora_deploy.updates.residual import Residual
 from lora_deploy.validate import bind
 from tests.builders import adapter_of, make_checkpoint, module_update
 
@@ -327,3 +331,64 @@ def test_faults_are_reported_by_name_and_figure_in_json(tmp_path: Path) -> None:
     assert fault["factor"] == 2.0
     assert report["counts"]["wrong-scale"] == 1
     assert "order of rounding" in report["tolerance"]
+
+
+class TestLeftOut:
+    """A kind of update that was merged as if it were a plain low-rank one."""
+
+    def replayed(self, world: World, update: Any) -> TensorOutcome:
+        plan = plan_merge(
+            bind([adapter_of(module_update(Q, update))], world.checkpoint), MergeOptions(dtype="base", n_workers=1)
+        )
+        make_checkpoint(world.folder / "merged", world.base | {Q: world.plain()[Q]}, CONFIG)
+        return only_fault(replay(plan, world.folder / "merged"), Q)
+
+    def test_the_magnitude_of_dora(self, world: World) -> None:
+        magnitude = 1.2 * world.base[Q].float().norm(dim=1)
+        fault = self.replayed(world, Dora(inner=world.low_ranks[Q], magnitude=magnitude, axis="rows"))
+        assert fault.outcome is Outcome.WRONG_FORMULA
+        assert "dora" in fault.message
+
+    def test_the_residual_of_pissa(self, world: World) -> None:
+        fault = self.replayed(world, Residual(low_rank=world.low_ranks[Q], method="pissa"))
+        assert fault.outcome is Outcome.WRONG_FORMULA
+        assert "residual" in fault.message
+
+
+TIED = {"model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class TestSharedAndComputedTensors:
+    @pytest.fixture
+    def plan(self, tmp_path: Path) -> MergePlan:
+        tensors = {EMBEDDING: torch.randn(40, 16), Q: torch.randn(16, 16)}
+        checkpoint = make_checkpoint(tmp_path / "base", tensors, TIED)
+        update = LowRank(down=torch.randn(2, 16), up=torch.randn(16, 2), scale=Scale(factor=Fraction(1), source="test"))
+        return plan_merge(bind([adapter_of(module_update(Q, update))], checkpoint), MergeOptions(dtype="base"))
+
+    def merged(self, plan: MergePlan) -> Tensors:
+        update = plan.binding.updates[Q][0].update
+        assert isinstance(update, LowRank)
+        tensors = load_file(plan.binding.checkpoint.root / "model.safetensors")
+        return tensors | {Q: tensors[Q] + update.up @ update.down}
+
+    def test_a_tied_matrix_that_is_stored_twice_is_compared_twice(self, plan: MergePlan, tmp_path: Path) -> None:
+        tensors = self.merged(plan)
+        make_checkpoint(tmp_path / "same", tensors | {HEAD: tensors[EMBEDDING].clone()}, TIED)
+        report = replay(plan, tmp_path / "same")
+        assert report.verdict is Verdict.PASS
+        assert entry(report, HEAD).outcome is Outcome.EXACT
+        make_checkpoint(tmp_path / "other", tensors | {HEAD: tensors[EMBEDDING] + 1}, TIED)
+        assert only_fault(replay(plan, tmp_path / "other"), HEAD).outcome is Outcome.CHANGED
+
+    def test_buffers_that_the_model_computes_are_ignored(self, plan: MergePlan, tmp_path: Path) -> None:
+        buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+        make_checkpoint(tmp_path / "merged", self.merged(plan) | {buffer: torch.randn(4)}, TIED)
+        report = replay(plan, tmp_path / "merged")
+        assert report.verdict is Verdict.PASS
+        assert entry(report, buffer).outcome is Outcome.IGNORED
+
+    def test_a_folder_that_is_not_there_is_not_taken_for_a_hub_id(self, plan: MergePlan) -> None:
+        with pytest.raises(MalformedCheckpointError, match="no such folder"):
+            replay(plan, Path("owner/name"))
