@@ -42,7 +42,7 @@ class Fused:
     model: Callable[[], nn.Module]
     parameters: list[str]
     options: dict[str, Any] = field(default_factory=dict)
-    targets: list[str] = field(default_factory=list)
+    targets: list[str] | str = field(default_factory=list)
 
 
 FUSED = [
@@ -59,6 +59,10 @@ FUSED = [
     Fused("mixtral, with attention", mixtral, BOTH, {}, ["q_proj", "o_proj"]),
     Fused("qwen2_moe, with the shared expert", qwen2_moe, BOTH, {}, ["shared_expert.up_proj", "shared_expert_gate"]),
     Fused("mixtral, router", mixtral, ["mlp.gate.weight", *BOTH]),
+    Fused("mixtral, all-linear", mixtral, [], {}, "all-linear"),
+    Fused("mixtral, all-linear and rank-stabilised", mixtral, [], {"use_rslora": True}, "all-linear"),
+    Fused("mixtral, by the names of version 4", mixtral, [], {}, ["q_proj", "w1", "w2", "w3"]),
+    Fused("mixtral, down by the name of version 4", mixtral, [], {}, ["q_proj", "w2"]),
     Fused("mixtral, square up", lambda: mixtral(intermediate_size=8), BOTH),
     Fused("mixtral, square down", lambda: mixtral(intermediate_size=16), BOTH),
     Fused("gpt_oss, square up", lambda: gpt_oss(intermediate_size=8), BOTH),

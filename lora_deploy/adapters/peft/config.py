@@ -125,13 +125,22 @@ class PeftConfig(BaseModel):
         return "pissa" if init == "pissa" else "olora" if init == "olora" else None
 
     def adapts_parameters_of(self, module: str) -> tuple[str, ...]:
-        """Names of the parameters of a module that ``target_parameters`` adapts, in its order."""
+        """Names of the parameters of a module that ``target_parameters`` may adapt, in its order."""
         names = []
         for target in self.target_parameters or ():
             owner, _, name = target.rpartition(".")
-            if not owner or module == owner or module.endswith(f".{owner}"):
+            if not owner or _is_or_ends_with(module, owner):
                 names.append(name)
         return tuple(dict.fromkeys(names))
+
+    def names_parameters_of(self, module: str) -> bool:
+        """Whether ``target_parameters`` names this module, rather than parameters of any module."""
+        owners = (target.rpartition(".")[0] for target in self.target_parameters or ())
+        return any(owner and _is_or_ends_with(module, owner) for owner in owners)
+
+
+def _is_or_ends_with(module: str, owner: str) -> bool:
+    return module == owner or module.endswith(f".{owner}")
 
 
 def parse_config(config: Mapping[str, Any], path: Path) -> PeftConfig:

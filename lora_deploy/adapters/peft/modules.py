@@ -55,7 +55,7 @@ class ModuleReader:
             attention = module.removesuffix(_OUT_PROJ)
             if attention != module and attention in self.modules:
                 yield from self._out_proj(without_base_layer(attention), slots)
-            elif self.config.adapts_parameters_of(path) or path != module:
+            elif path != module or self._holds_parameters(path, slots):
                 yield self._experts(path, module.split(".").count("base_layer"), slots)
             elif "lora_embedding_A" in slots or "lora_embedding_B" in slots:
                 yield self._embedding(path, slots)
@@ -63,6 +63,20 @@ class ModuleReader:
                 yield from self._in_proj(path, slots)
             else:
                 yield from self._layer(path, slots)
+
+    def _holds_parameters(self, module: str, slots: Mapping[str, str]) -> bool:
+        """Whether a module's own parameters are adapted (fused experts), or it is a layer that is adapted itself.
+
+        A name in ``target_parameters`` without its module (PEFT writes such ones for experts that it had to fuse) may
+        be of any module: then a layer is known by factors of its own rank, where a stack has that rank for each expert.
+        """
+        if not self.config.adapts_parameters_of(module) or "lora_A" not in slots:
+            return False
+        if self.config.names_parameters_of(module) or any(
+            other != module and without_base_layer(other) == module for other in self.modules
+        ):
+            return True
+        return self.file.tensors[slots["lora_A"]].shape[0] != self.scales.of(module, None)[0]
 
     # ------------------------------------------------------------------------------------------------ kinds of modules
 
