@@ -34,12 +34,14 @@ from lora_deploy.evidence.replay import ReplayReport, replay
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
+from lora_deploy.merge.compose import versions
 from lora_deploy.merge.execute import Merged, execute
 from lora_deploy.merge.identity import base_artifacts
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, read_record
+from lora_deploy.updates.interface import Update
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding, BindOptions, bind
 
@@ -182,8 +184,9 @@ def verify(
                 f"{root}: its {RECORD_NAME} says with which options it was merged",
                 hint="give none but --adapter and --base, which say where the inputs lie now",
             )
-        planned = _recorded_plan(read_record(root), _several(adapters), base, options, progress)
-        return replay(planned, root, is_ours=True, progress=progress)
+        record = read_record(root)
+        planned = _recorded_plan(record, _several(adapters), base, options, progress)
+        return replay(planned, root, is_ours=_promises_bytes(record, planned), progress=progress)
     if not _several(adapters):
         raise RecipeError(f"{root}: has no {RECORD_NAME}, so what was merged is unknown", hint="pass --adapter")
     planned = plan(
@@ -310,6 +313,14 @@ def _recorded_plan(
     )
     binding = bind(read, checkpoint, bind_options)
     return plan_binding(binding, read_options=read_options, merge_options=replace(options, **record.options["merge"]))
+
+
+def _promises_bytes(record: MergeRecord, planned: MergePlan) -> bool:
+    """Whether every byte must be the same here: kinds defined in float64 promise it per torch build and CPU only."""
+    here = versions()
+    updates = (entry.update for tensor in planned.tensors for entry in tensor.updates)
+    is_exact = all(update.is_exact for update in updates if isinstance(update, Update))
+    return is_exact or all(record.versions.get(name) == here[name] for name in ("torch", "instruction_set"))
 
 
 def _recorded_base(recorded: RecordedBase) -> Checkpoint:

@@ -196,3 +196,19 @@ def test_faults_come_before_what_could_not_be_checked() -> None:
 def test_an_adapter_that_is_not_there_is_naming(name: str) -> None:
     with pytest.raises(InputError, match=r"missing: no such file or folder"):
         pipeline.inspect(name)
+
+
+@pytest.mark.parametrize(("is_dora", "promised"), [(True, False), (False, True)])
+def test_another_torch_build_owes_the_same_bytes_to_exact_kinds_only(
+    base: Path, tmp_path: Path, *, is_dora: bool, promised: bool
+) -> None:
+    magnitude = {"base_model.model.fc.lora_magnitude_vector": torch.tensor([2.0, 3.0])} if is_dora else {}
+    config = {"r": 1, "lora_alpha": 1, "use_dora": is_dora, "target_modules": ["fc"]}
+    adapter = save_peft(tmp_path / "lora", FACTORS | magnitude, config)
+    merged = pipeline.merge(adapter, base=base, output=tmp_path / "out")
+    assert pipeline.verify(merged.root).is_ours
+    record = merged.root / "merge.json"
+    record.write_text(record.read_text().replace(torch.__version__, "0.1"))
+    report = pipeline.verify(merged.root)
+    assert report.is_ours is promised
+    assert report.verdict is Verdict.PASS
