@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_deploy.adapter import ModuleUpdate, Orientation
-from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.checkpoint import Checkpoint, open_checkpoint
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.tensors import Region
@@ -67,7 +67,8 @@ def model_updates(n_layers: int = 4, width: int = 64) -> dict[str, Placed]:
 def model_plan(folder: Path, *, seed: int = 0, n_layers: int = 4, width: int = 64, **options: Any) -> MergePlan:
     """Plan the merge of a small model, always the same for a seed; its base is written on the first call."""
     torch.manual_seed(seed)
-    checkpoint = make_checkpoint(folder / f"base-{seed}-{n_layers}-{width}", model_tensors(n_layers, width), LLAMA)
+    tensors, base = model_tensors(n_layers, width), folder / f"base-{seed}-{n_layers}-{width}"
+    checkpoint = open_checkpoint(base) if base.exists() else make_checkpoint(base, tensors, LLAMA)
     binding = binding_of(checkpoint, model_updates(n_layers, width), sha256=f"{seed:064}")
     defaults: dict[str, Any] = {"max_shard_bytes": 40_000, "n_workers": 2, "device": "cpu"}
     return plan_merge(binding, MergeOptions(**(defaults | options)))

@@ -21,13 +21,14 @@ KEPT = ("*.safetensors", "config.json", "*.index.json")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
     """The files of a merge that nobody disturbed, and how often it changed the file system."""
     here = tmp_path_factory.mktemp("whole")
-    run = Run(here, here / "to" / "out")
-    (here / "to").mkdir()
+    run = Run(here, place_of(here))
     assert run.wait() == DONE
     return digests(here / "to" / "out", *KEPT), run.n_changes.value
 
 
 def place_of(here: Path) -> Path:
+    """Make a folder for the output alone, and the base beside it, before any process needs it."""
+    model_plan(here)
     (here / "to").mkdir()
     return here / "to" / "out"
 
