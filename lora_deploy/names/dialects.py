@@ -148,6 +148,24 @@ RENAMES: Mapping[str, Renames] = {
         (r"\bnorm1\b", "post_attention_layernorm"),
         (r"\bnorm2\b", "post_mlp_layernorm"),
     ),
+    "hy_v3": (
+        (r"\.mlp\.router\.gate\.weight$", ".mlp.gate.weight"),
+        (r"\.mlp\.expert_bias$", ".mlp.e_score_correction_bias"),
+        (r"\.mlp\.shared_mlp\.", ".mlp.shared_experts."),
+    ),
+    "hy_v4": (
+        (r"\.hc_pre\.hc_", ".hc_"),
+        (r"\.learnable_sink_param\b", ".sinks"),
+        (r"\.linear_gate\b", ".gate_proj"),
+        (r"\.hc_attn_layer\.hc_(fn|base|scale)\b", r".attn_hc.\1"),
+        (r"\.hc_mlp_layer\.hc_(fn|base|scale)\b", r".ffn_hc.\1"),
+        (r"\.hc_head_(fn|base|scale)\b", r".hc_\1"),
+    ),
+    "hrm_text": ((r"\.attn\.o_proj\b", ".self_attn.o_proj"),),
+    "laguna": (
+        (r"\.mlp\.experts\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
+        (r"\.mlp\.shared_expert\.", ".mlp.shared_experts."),
+    ),
     "olmo_hybrid": (
         (r"\battention_layer_norm\b", "input_layernorm"),
         (r"\bfeedforward_layer_norm\b", "post_attention_layernorm"),
@@ -163,6 +181,10 @@ SPLITS: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "gte": (
         ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("mlp.up_gate_proj", ("mlp.up_proj", "mlp.gate_proj")),
+    ),
+    "hrm_text": (
+        ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ("attn.gqkv_proj", ("self_attn.gate_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ),
     "dinov2": (("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),),
     "dinov2_with_registers": (("mlp.weights_in", ("mlp.gate_proj", "mlp.up_proj")),),
