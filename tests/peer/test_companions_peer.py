@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig
@@ -11,9 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_deploy import pipeline
+from lora_deploy.merge.options import MergeOptions
 from lora_deploy.validate import BindOptions
 from tests.peer.models import VOCABULARY, llama
-from tests.peer.trained import Trained, peft_advice_unheard, save_base, train
+from tests.peer.trained import MEMORY_BYTES, Trained, peft_advice_unheard, save_base, train
 
 WORDS = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "what", "is", "two", "and", "four", "?", "."]
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -60,6 +62,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return trained
 
 
+def _merge(adapter: Path, **options: Any) -> None:
+    pipeline.merge(adapter, merge_options=MergeOptions(memory_bytes=MEMORY_BYTES), **options)
+
+
 def _copy(adapter: Path, folder: Path) -> Path:
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -70,7 +76,7 @@ def _copy(adapter: Path, folder: Path) -> Path:
 def test_a_conversation_is_rendered_as_with_the_base_when_the_adapter_brings_no_tokenizer(
     trained: Trained, tmp_path: Path
 ) -> None:
-    pipeline.merge(trained.adapter, base=trained.base, output=tmp_path / "out")
+    _merge(trained.adapter, base=trained.base, output=tmp_path / "out")
     assert _rendered(tmp_path / "out") == _rendered(trained.base)
     assert "<|user|> what is two and two ?</s>" in _rendered(tmp_path / "out")[0]
 
@@ -92,7 +98,7 @@ def test_a_conversation_is_rendered_as_with_the_adapter_that_brings_its_tokenize
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": ADAPTER_TEMPLATE}))
         (resized.adapter / "chat_template.jinja").unlink()
 
-    pipeline.merge(resized.adapter, base=base, output=tmp_path / "out")
+    _merge(resized.adapter, base=base, output=tmp_path / "out")
     rendered = _rendered(tmp_path / "out")
     assert rendered == _rendered(resized.adapter)
     assert rendered != _rendered(base)
@@ -103,7 +109,7 @@ def test_a_conversation_is_rendered_as_with_the_adapter_that_brings_its_tokenize
 def test_a_template_of_the_adapter_goes_with_the_tokenizer_of_the_base(trained: Trained, tmp_path: Path) -> None:
     adapter = _copy(trained.adapter, tmp_path / "adapter")
     (adapter / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} . {% endfor %}")
-    pipeline.merge(adapter, base=trained.base, output=tmp_path / "out")
+    _merge(adapter, base=trained.base, output=tmp_path / "out")
     text, _, special, _ = _rendered(tmp_path / "out")
     assert text == "what is two and two ? . four . . and four and two ? . "
     assert special == _rendered(trained.base)[2]
@@ -113,8 +119,8 @@ def test_the_tokenizer_of_the_base_travels_when_it_is_asked_for(trained: Trained
     adapter = _copy(trained.adapter, tmp_path / "adapter")
     _tokenizer(ADAPTER_TEMPLATE, "<|begin|>", "<|end|>").save_pretrained(adapter)
     options = BindOptions(tokenizer="base")
-    pipeline.merge(adapter, base=trained.base, output=tmp_path / "base's", bind_options=options)
-    pipeline.merge(adapter, base=trained.base, output=tmp_path / "adapter's")
+    _merge(adapter, base=trained.base, output=tmp_path / "base's", bind_options=options)
+    _merge(adapter, base=trained.base, output=tmp_path / "adapter's")
     assert _rendered(tmp_path / "base's") == _rendered(trained.base)
     assert _rendered(tmp_path / "adapter's") == _rendered(adapter)
     assert _rendered(adapter) != _rendered(trained.base)

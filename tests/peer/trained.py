@@ -32,6 +32,8 @@ from lora_deploy.validate import BindOptions, bind
 
 SINGLE_FACTORISATION = 1e-5
 """PEFT factorises in float32 whatever the model's dtype."""
+MEMORY_BYTES = 8_000_000_000
+"""A test process has grown by the peers before it merges."""
 _DOUBLE_NOISE = 2.0**-40
 """More than float64 sums of a few hundred products lose, and far less than half a unit of any stored format."""
 
@@ -151,7 +153,9 @@ def merge(
     """Read, bind, plan and execute."""
     paths = [adapters] if isinstance(adapters, Path) else adapters
     binding = bind([read_adapter(path, read) for path in paths], open_base(str(base)), bind_options)
-    return execute(plan_merge(binding, MergeOptions(dtype=dtype, n_workers=1), read_options=read), out)
+    return execute(
+        plan_merge(binding, MergeOptions(dtype=dtype, n_workers=1, memory_bytes=MEMORY_BYTES), read_options=read), out
+    )
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
