@@ -16,7 +16,7 @@ class TensorFacts:
     """Figures of one tensor; those that need an update are None without one."""
 
     max_abs: float
-    """Largest |W'| as stored."""
+    """Largest finite |W'| as stored."""
     delta_norm: float | None
     """‖Δ‖, Frobenius."""
     weight_norm: float | None
@@ -29,12 +29,12 @@ class TensorFacts:
     def of(cls, facts: BlockFacts, tensor: PlannedTensor) -> Self:
         """Finish the sums of all blocks of a tensor."""
         is_merged = tensor.treatment is Treatment.MERGED
-        delta = math.sqrt(facts.delta_square) if is_merged else None
+        delta, weight, error = map(_norm, (facts.delta_square, facts.weight_square, facts.error_square))
         return cls(
             max_abs=facts.max_abs,
-            delta_norm=delta,
-            weight_norm=math.sqrt(facts.weight_square) if is_merged else None,
-            survival=1 - math.sqrt(facts.error_square) / delta if delta else None,
+            delta_norm=delta if is_merged else None,
+            weight_norm=weight if is_merged else None,
+            survival=1 - error / delta if is_merged and delta and error is not None else None,
             n_underflowed=facts.n_underflowed,
         )
 
@@ -46,3 +46,8 @@ class TensorFacts:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read back what ``to_json`` gave."""
         return cls(**values)
+
+
+def _norm(square: float) -> float | None:
+    """The root of a sum of squares; None where the squares of huge numbers exceeded float64."""
+    return math.sqrt(square) if math.isfinite(square) else None

@@ -75,7 +75,7 @@ class RecordedTensor(_Frozen):
     source: str | None
     updates: tuple[RecordedUpdate, ...] = ()
     max_abs: float
-    """Largest |W'| as stored."""
+    """Largest finite |W'| as stored."""
     delta_norm: float | None = None
     """‖Δ‖, Frobenius."""
     weight_norm: float | None = None

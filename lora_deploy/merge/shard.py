@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from lora_deploy.checkpoint import Checkpoint
-from lora_deploy.errors import MergeError, NonFiniteTensorError
+from lora_deploy.errors import MergeError
 from lora_deploy.merge.exact import BlockFacts, Workspace, merge_rows
 from lora_deploy.merge.factors import Factors
 from lora_deploy.merge.plan import PlannedTensor, Treatment
-from lora_deploy.rounding import largest, round_once, torch_dtype
-from lora_deploy.tensors import DType, Region, TensorSpec
+from lora_deploy.merge.stored import (
+    change_facts,
+    has_only_numbers,
+    range_facts,
+    refuse_non_finite,
+    refuse_overflow,
+    store,
+)
+from lora_deploy.rounding import torch_dtype
+from lora_deploy.tensors import Region, TensorSpec
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
@@ -168,7 +176,7 @@ class _RegionMerge:
         for update in self.updates:
             if isinstance(update, Replacement):
                 weights = update.values.reshape(update.shape)[rows]
-            elif isinstance(update, TokenRows):
+            elif isinstance(update, TokenRows) and any(rows.start <= index < rows.stop for index in update.indices):
                 weights = update.block(weights.to(torch.float64), rows, None)
         return weights
 
@@ -186,27 +194,29 @@ class _RegionMerge:
 
     def _rounded(self, weights: Tensor, rows: slice) -> tuple[Tensor, BlockFacts]:
         """Round values that no arithmetic touched: casts and replacements."""
-        dtype = self.tensor.spec.dtype
-        if not dtype.is_floating or weights.dtype == torch_dtype(dtype):
-            return weights.to(torch_dtype(dtype)), BlockFacts(n_elements=weights.numel())
-        stored = round_once(weights, dtype) if weights.dtype == torch.float64 else weights.to(torch_dtype(dtype))
-        facts = self._facts(weights, weights, stored)
-        if facts.max_abs > largest(dtype):
-            _refuse_overflow(self.tensor.spec, weights, stored, rows)
-        return stored, facts
+        spec = self.tensor.spec
+        stored = store(weights, spec.dtype)
+        if not has_only_numbers(stored):
+            refuse_overflow(spec, weights, stored, rows.start)
+            if self.updates:
+                refuse_non_finite(spec, weights, rows.start, "what the adapter puts there")
+        return stored, range_facts(weights, stored)
 
     def _defined(self, rows: slice) -> tuple[Tensor, BlockFacts]:
         """Evaluate kinds that are defined in float64, block by fixed block, on the CPU."""
+        spec = self.tensor.spec
         before = self._base(rows).to(torch.float64)
         states = self._prepared_states()
         values = before
         for update, state in zip(self.updates, states, strict=True):
             values = update.block(values, rows, state)
-        stored = round_once(values, self.tensor.spec.dtype)
-        if not bool(torch.isfinite(stored).all()):
-            _refuse_overflow(self.tensor.spec, values, stored, rows)
-        facts = self._facts(before if before.numel() else values, values, stored)
-        return stored, facts
+        stored = store(values, spec.dtype)
+        if not has_only_numbers(stored):
+            if before.numel():
+                refuse_non_finite(spec, before, rows.start, "the base")
+            refuse_overflow(spec, values, stored, rows.start)
+            refuse_non_finite(spec, values, rows.start, "the result")
+        return stored, change_facts(before, values, stored)
 
     def _prepared_states(self) -> list[object]:
         with self._lock:
@@ -229,30 +239,3 @@ class _RegionMerge:
             return values
 
         return read
-
-    def _facts(self, before: Tensor, exact: Tensor, stored: Tensor) -> BlockFacts:
-        wide = torch.float64 if exact.dtype == torch.float64 or stored.dtype == torch.float32 else torch.float32
-        finite = stored.to(wide).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        max_abs = float(finite.abs().max()) if finite.numel() else 0.0
-        facts = BlockFacts(n_elements=stored.numel(), max_abs=max_abs)
-        facts.n_underflowed = int(((stored == 0) & (exact != 0)).sum())
-        if before is not exact:
-            delta, error = exact - before, stored.to(exact.dtype) - exact
-            facts.weight_square = float((before * before).sum())
-            facts.delta_square = float((delta * delta).sum())
-            facts.error_square = float((error * error).sum())
-        return facts
-
-
-def _refuse_overflow(spec: TensorSpec, exact: Tensor, stored: Tensor, rows: slice) -> None:
-    """Refuse finite values that became infinite; an infinity of the base itself may pass through a cast."""
-    bad = (exact.isfinite() & ~stored.isfinite()).nonzero()
-    if bad.numel():
-        row, col = (int(index) for index in bad[0])
-        raise NonFiniteTensorError(
-            f"{spec.name}: element [{rows.start + row}, {col}] is {float(exact[row, col]):g}, "
-            f"{spec.dtype.long_name} holds at most {largest(spec.dtype):g}",
-            hint="--dtype base" if spec.dtype is DType.F16 else None,
-        )
-    if bool(exact.isnan().any()):
-        raise NonFiniteTensorError(f"{spec.name}: the update gives values that are not numbers")
