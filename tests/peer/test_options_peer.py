@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import config as lora_config
 from torch import nn
 
+from lora_deploy.adapters.open import read_adapter
 from lora_deploy.errors import IncompatibleAdapterError
 from tests.peer.models import gpt2, llama, qwen2, token_ids
 from tests.peer.trained import (
@@ -50,6 +51,7 @@ PATTERNS = {
         "alpha_pattern": {"layers.1.*q_proj": 9, "self_attn.k_proj": 2.5},
     },
     "first of two": {"alpha_pattern": {"layers.0.self_attn.q_proj": 9, "q_proj": 3}},
+    "first of two that sort the other way round": {"rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 4}},
     "rank-stabilised": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True},
     "magnitudes": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_dora": True},
 }
@@ -146,3 +148,18 @@ def test_an_adapter_that_peft_0_21_2_converted_from_a_residual_start_is_plain(
     saved = json.loads((trained.adapter / "adapter_config.json").read_text())
     assert (saved["init_lora_weights"], saved["r"]) == (True, 6)
     assert_merges_as_trained(trained, token_ids(), tmp_path / "out", noise=1e-5)
+
+
+def test_alphas_whose_order_peft_0_21_2_loses_when_it_saves_are_reported(tmp_path: Path) -> None:
+    """PEFT takes the first key that matches, and sorts the keys into the file: loaded again, another one is first."""
+    config = LoraConfig(
+        r=3, target_modules=["q_proj"], alpha_pattern={"q_proj": 3, "layers.0.self_attn.q_proj": 9, "layers.1.*": 3}
+    )
+    trained = train(llama(), config, tmp_path)
+    in_training = trained.model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"]
+    adapter = read_adapter(trained.adapter)
+    scales = {update.target: update.update.scale.value for update in adapter.updates}
+    assert (in_training, scales["model.layers.0.self_attn.q_proj.weight"]) == (1, 3)
+    (found,) = (finding for finding in adapter.findings if finding.code == "pattern-order")
+    assert found.target == "model.layers.0.self_attn.q_proj"
+    assert "matches 1 modules more than once" in found.message

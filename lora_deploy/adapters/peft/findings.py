@@ -51,6 +51,16 @@ def _of_configuration(
         yield _warn("newer-peft", name, f"written by peft {config.peft_version}; this reader knows peft <= 0.21.2")
     for key in scales.unmatched(_pattern_names(config, table)):
         yield _warn("pattern-unmatched", name, f"rank_pattern or alpha_pattern {key!r} matches no module of the file")
+    contested = scales.contested(_pattern_names(config, table)) if options.alpha is None else []
+    if contested:
+        module, keys = contested[0]
+        values = ", ".join(f"{key!r} {config.alpha_pattern[key]}" for key in keys)
+        yield _warn(
+            "pattern-order",
+            module,
+            f"alpha_pattern matches {len(contested)} modules more than once ({values}): the first in the file is used, "
+            "as PEFT does when it loads; PEFT sorts them when it saves, training used the first as it was configured",
+        )
     if config.megatron_config is not None:
         yield _warn("tensor-parallel", name, "trained tensor-parallel: one rank's file may hold a part of each factor")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +30,10 @@ class Resolved:
     alpha: Number
     rank_key: str | None
     alpha_key: str | None
+
+
+def _matching(patterns: Iterable[str], module: str) -> list[str]:
+    return [key for key in patterns if re.match(_WITH_OPTIONAL_PATH.format(key), module)]
 
 
 Rule = Callable[[PeftConfig, str], Resolved]
@@ -99,6 +103,7 @@ class Scales:
             return resolved.rank, self._scale(resolved)
         found = [rule(self.config, module) for rule in _rules(self.config.version)]
         fitting = [resolved for resolved in found if rank_found in (None, resolved.rank)]
+        fitting = fitting or self._in_another_order(found, module, rank_found)
         if not fitting:
             told = f"{found[0].rank}" + (f" (rank_pattern {found[0].rank_key!r})" if found[0].rank_key else "")
             raise MalformedAdapterError(
@@ -120,6 +125,29 @@ class Scales:
             key
             for key in dict.fromkeys([*self.config.rank_pattern, *self.config.alpha_pattern])
             if not any(re.match(_WITH_OPTIONAL_PATH.format(key), module) for module in known)
+        ]
+
+    def contested(self, modules: Iterable[str]) -> list[tuple[str, list[str]]]:
+        """List the modules for which several ``alpha_pattern`` keys give different values, with these keys.
+
+        The first key counts, but PEFT sorts the keys when it saves them: which one was first in training is lost.
+        """
+        contested = []
+        for module in modules:
+            keys = _matching(self.config.alpha_pattern, module)
+            if len({self.config.alpha_pattern[key] for key in keys}) > 1:
+                contested.append((module, keys))
+        return contested
+
+    def _in_another_order(self, found: list[Resolved], module: str, rank_found: int | None) -> list[Resolved]:
+        """Resolve again with the key first that the tensors fit: PEFT sorts the keys when it saves them."""
+        keys = [
+            key for key in _matching(self.config.rank_pattern, module) if self.config.rank_pattern[key] == rank_found
+        ]
+        return [
+            replace(resolved, rank=self.config.rank_pattern[key], rank_key=key)
+            for key in keys[:1]
+            for resolved in found
         ]
 
     def _scale(self, resolved: Resolved) -> Scale:
