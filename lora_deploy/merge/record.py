@@ -5,26 +5,34 @@ Promise: canonical JSON, a schema version, digests of every input and of every o
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import InputError
 
 RECORD_NAME = "merge.json"
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _contained(path: str) -> str:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise ValueError(f"{path!r} leads out of the folder")
+    return path
+
+
 class RecordedFile(_Frozen):
     """A file by path, size and digest."""
 
-    path: str
+    path: Annotated[str, AfterValidator(_contained)]
+    """Relative to its folder, and inside it."""
     n_bytes: int
     sha256: str
 
@@ -113,7 +121,7 @@ class RecordedCost(_Frozen):
 class MergeRecord(_Frozen):
     """The whole record."""
 
-    schema_version: int = Field(SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
     digest: str
     """Of the inputs and options that decide the bytes."""
     versions: dict[str, str]
