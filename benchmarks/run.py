@@ -45,7 +45,7 @@ def main() -> None:
     os.environ["LORA_DEPLOY_CACHE"] = str(folder / "cache")
     log = folder / "log.txt"
     out = folder / "out"
-    rows = _rows(base, adapter, out, mergekit=options.mergekit, peers=not options.no_peers)
+    rows = _rows(base, adapter, out, options.mergekit) if not options.no_peers else _own_rows(base, adapter, out)
     kept = folder / "kept"
     shutil.rmtree(kept, ignore_errors=True)
     measure(_merge(base, adapter, kept, "base"), log)  # also fills the digest cache
@@ -66,7 +66,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", choices=SHAPES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lora-deploy-bench")
-    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment that has it")
+    mergekit = Path(sys.executable).with_name("mergekit-yaml")
+    parser.add_argument("--mergekit", type=Path, default=mergekit, help="mergekit-yaml of an environment that has it")
     parser.add_argument("--no-peers", action="store_true", help="only our own rows and the copy")
     return parser.parse_args()
 
@@ -75,18 +76,23 @@ def _merge(base: Path, adapter: Path, out: Path, dtype: str) -> list[str]:
     return [*_CLI, "merge", str(adapter), "--base", str(base), "-o", str(out), "--dtype", dtype, "-q"]
 
 
-def _rows(base: Path, adapter: Path, out: Path, *, mergekit: Path | None, peers: bool) -> list[Row]:
+def _own_rows(base: Path, adapter: Path, out: Path) -> list[Row]:
     copy = f"mkdir {out} && cp --reflink=never {base}/* {out}/ && sync {out}/*"
-    rows = [
+    return [
         Row("durable copy (cp --reflink=never, sync)", ["sh", "-c", copy]),
         Row("lora-deploy merge --dtype base", _merge(base, adapter, out, "base")),
         Row("lora-deploy merge --dtype float16", _merge(base, adapter, out, "float16")),
     ]
-    if peers:
-        script = str(Path(__file__).with_name("peft_merge.py"))
-        name = f"PEFT {importlib.metadata.version('peft')} merge_and_unload + save_pretrained"
-        rows.append(Row(name, [sys.executable, script, str(base), str(adapter), str(out)]))
-    if mergekit:
+
+
+def _rows(base: Path, adapter: Path, out: Path, mergekit: Path) -> list[Row]:
+    script = str(Path(__file__).with_name("peft_merge.py"))
+    name = f"PEFT {importlib.metadata.version('peft')} merge_and_unload + save_pretrained"
+    rows = [
+        *_own_rows(base, adapter, out),
+        Row(name, [sys.executable, script, str(base), str(adapter), str(out)]),
+    ]
+    if mergekit.exists():
         recipe = out.with_name("mergekit.yaml")
         recipe.write_text(
             f"merge_method: passthrough\ndtype: bfloat16\nmodels:\n  - model: {base}+{adapter}\n", encoding="utf-8"

@@ -53,7 +53,7 @@ def show_plan(screen: Screen, plan: MergePlan, output: Path, estimate: Estimate)
         screen.line(f"also travel: {', '.join(sorted(plan.companions))}")
     screen.fields(
         [
-            ("peak memory", f"{format_size(estimate.peak_bytes)} of {format_size(plan.options.memory_bytes)} allowed"),
+            ("peak memory", f"{format_size(estimate.peak_bytes)} of {format_size(estimate.allowed_bytes)} allowed"),
             ("disk", f"{format_size(estimate.n_output_bytes)} needed, {format_size(estimate.free_disk_bytes)} free"),
             ("time", f"about {format_seconds(estimate.seconds)}"),
         ]

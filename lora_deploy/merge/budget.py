@@ -19,6 +19,7 @@ from lora_deploy.tensors import Region
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
 
+_DEFAULT_BUDGET_BYTES = 2_000_000_000
 _SLACK_BYTES = 96_000_000
 """Allocator fragmentation, thread stacks, the small things."""
 _TILE_BYTES = 40
@@ -52,6 +53,8 @@ class Estimate:
 
     n_output_bytes: int
     peak_bytes: int
+    allowed_bytes: int
+    """Memory budget that the peak stays within."""
     free_disk_bytes: int
     seconds: float
     """A rough estimate: bytes at a common disk's rate or elements at a common core's, whichever is slower."""
@@ -77,16 +80,17 @@ def fit(plan: MergePlan) -> Footprint:
         MemoryBudgetError: Even one worker with the smallest blocks needs more than the budget or than there is.
     """
     start = private_bytes()
+    allowed = allowed_bytes(plan)
     most = plan.options.n_workers or usable_cores()
     for n_workers, chunk in [(most, CHUNK_ELEMENTS), (1, CHUNK_ELEMENTS), (1, TILE_ELEMENTS)]:
         n_ahead = 2 * n_workers + 1
         peak = start + _SLACK_BYTES + _work_bytes(plan, n_workers, chunk, n_ahead)
         footprint = Footprint(n_workers=n_workers, chunk_elements=chunk, n_ahead=n_ahead, peak_bytes=peak)
-        if peak <= plan.options.memory_bytes:
+        if peak <= allowed:
             break
     else:
         raise MemoryBudgetError(
-            f"the merge needs {footprint.peak_bytes:,} bytes of memory, --memory allows {plan.options.memory_bytes:,}",
+            f"the merge needs {footprint.peak_bytes:,} bytes of memory, --memory allows {allowed:,}",
             hint=f"--memory {footprint.peak_bytes / 1e9 + 0.1:.1f}GB",
         )
     available = _available_bytes()
@@ -95,6 +99,12 @@ def fit(plan: MergePlan) -> Footprint:
             f"the merge needs {footprint.peak_bytes - start:,} more bytes of memory, the machine has {available:,} free"
         )
     return footprint
+
+
+def allowed_bytes(plan: MergePlan) -> int:
+    """The memory budget: what was asked for, else 2 GB beyond what the process holds already."""
+    chosen = plan.options.memory_bytes
+    return private_bytes() + _DEFAULT_BUDGET_BYTES if chosen is None else chosen
 
 
 def usable_cores() -> int:
@@ -114,6 +124,7 @@ def estimate(plan: MergePlan, out: Path) -> Estimate:
     return Estimate(
         n_output_bytes=plan.n_bytes,
         peak_bytes=footprint.peak_bytes,
+        allowed_bytes=allowed_bytes(plan),
         free_disk_bytes=free_disk_bytes(out),
         seconds=seconds,
     )

@@ -68,7 +68,7 @@ def execute(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> 
         OutputExistsError: Something else is at ``out`` or at ``out.partial``.
         NonFiniteTensorError: A value cannot be merged or stored.
     """
-    out = out.resolve()
+    root, out = out, out.resolve()
     _refuse_inputs_inside(plan, out)
     device = chosen_device(plan.options.device)
     identity = identify(plan, progress)
@@ -84,10 +84,10 @@ def execute(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> 
                 record = _carry_out(plan, partial, identity, footprint, device, progress)
                 publish(partial, out)
                 _remember(out, record)
-                return Merged(root=out, record=record)
+                return Merged(root=root, record=record)
             abandon(partial)
     tidy(out)
-    return Merged(root=out, record=done, was_done=True)
+    return Merged(root=root, record=done, was_done=True)
 
 
 def _refuse_inputs_inside(plan: MergePlan, out: Path) -> None:

@@ -14,8 +14,9 @@ class MergeOptions:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:i``: where low-rank sums are computed; the bytes are the same."""
     max_shard_bytes: int = 5_000_000_000
-    memory_bytes: int = 2_000_000_000
-    """Private memory of this process that the plan may use, interpreter included."""
+    memory_bytes: int | None = None
+    """Private memory of this process that the plan may use, interpreter included; None is 2 GB beyond what the process
+    holds already."""
     n_workers: int | None = None
     """Threads that compute row blocks; None is the number of usable cores."""
     fresh: bool = False
