@@ -149,3 +149,21 @@ class Region:
     def stop(self) -> int:
         """End element, excluded."""
         return self.offset + self.n_rows * self.n_cols
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A region of a named tensor, to say in the tensor's own terms where something is."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    region: Region
+
+    def element(self, row: int, col: int) -> str:
+        """Name an element of the region, such as ``w.weight: element [3, 0, 7]``."""
+        rest, index = self.region.offset + row * self.region.n_cols + col, []
+        for size in reversed(self.shape):
+            rest, position = divmod(rest, size)
+            index.append(position)
+        return f"{self.name}: element {index[::-1]}"

@@ -28,7 +28,7 @@ from torch import Tensor
 from lora_deploy.errors import NonFiniteTensorError
 from lora_deploy.merge.factors import UNIT, Factors
 from lora_deploy.rounding import BITS, largest, round_fraction, round_once, round_pair, torch_dtype
-from lora_deploy.tensors import DType
+from lora_deploy.tensors import DType, Place
 
 TILE_ELEMENTS = 1 << 17
 """Elements of a tile: its float64 values take 1 MiB, which fits the L2 cache of a server core."""
@@ -107,9 +107,9 @@ class Workspace:
 
 
 def merge_rows(
-    name: str, weights: Tensor, factors: Factors, rows: slice, dtype: DType, workspace: Workspace
+    place: Place, weights: Tensor, factors: Factors, rows: slice, dtype: DType, workspace: Workspace
 ) -> tuple[Tensor, BlockFacts]:
-    """Merge some rows of a region.
+    """Merge some rows of a region; ``place`` is the whole region's.
 
     Shapes: weights (n, n_cols) in the base's dtype: rows ``rows`` of the region; the result (n, n_cols) in ``dtype``.
 
@@ -117,7 +117,7 @@ def merge_rows(
         NonFiniteTensorError: A weight or a factor is not finite, or a merged value exceeds the output dtype's range.
     """
     if not factors.is_finite:
-        raise NonFiniteTensorError(f"{name}: the update's factors or its scale are not finite numbers")
+        raise NonFiniteTensorError(f"{place.name}: the update's factors or its scale are not finite numbers")
     merged = torch.empty(weights.shape, dtype=torch_dtype(dtype), device=workspace.device)
     facts = BlockFacts(n_elements=merged.numel())
     if merged.numel():
@@ -126,7 +126,7 @@ def merge_rows(
         if dtype in {DType.F32, DType.F64}:
             facts.max_abs = _max_abs(merged)
         if not facts.max_abs <= largest(dtype):
-            _refuse(name, block)
+            _refuse(place, block)
     return merged, facts
 
 
@@ -285,20 +285,20 @@ def _settle_finely(block: _Block, weight: Tensor, row: Tensor, col: Tensor, size
     return settled
 
 
-def _refuse(name: str, block: _Block) -> None:
+def _refuse(place: Place, block: _Block) -> None:
     """Say which weight is not finite or which merged value is too large, the first of them."""
     bad = (~block.weights.isfinite()).nonzero()
     if bad.numel():
         row, col = (int(index) for index in bad[0])
         raise NonFiniteTensorError(
-            f"{name}: element [{block.first_row + row}, {col}] of the base is {float(block.weights[row, col])}, "
+            f"{place.element(block.first_row + row, col)} of the base is {float(block.weights[row, col])}, "
             "expected a finite number",
             hint="the base is damaged there; --exclude the tensor to merge the rest",
         )
     row, col = (int(index) for index in (~block.merged.isfinite()).nonzero()[0])
     exact = block.factors.exact(float(block.weights[row, col]), block.first_row + row, col)
     raise NonFiniteTensorError(
-        f"{name}: element [{block.first_row + row}, {col}]: merged value {_in_digits(exact)} "
+        f"{place.element(block.first_row + row, col)}: merged value {_in_digits(exact)} "
         f"exceeds {block.dtype.long_name}'s largest {largest(block.dtype):g}",
         hint="--dtype base" if block.dtype is DType.F16 else None,
     )

@@ -29,7 +29,7 @@ from lora_deploy.merge.stored import (
     store,
 )
 from lora_deploy.rounding import torch_dtype
-from lora_deploy.tensors import Region, TensorSpec
+from lora_deploy.tensors import Place, Region, TensorSpec
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
@@ -153,6 +153,10 @@ class _RegionMerge:
             yield Chunk(tensor=self.tensor, start=start, stop=stop, compute=partial(self._compute, rows))
 
     @property
+    def _place(self) -> Place:
+        return Place(self.tensor.spec.name, self.tensor.spec.shape, self.region)
+
+    @property
     def _is_exact(self) -> bool:
         return all(update.is_exact for update in self.updates)
 
@@ -165,7 +169,7 @@ class _RegionMerge:
             return self._rounded(weights, rows)
         factors = self._prepared_factors(low_ranks)
         on_device = weights.to(workspace.device)
-        merged, facts = merge_rows(self.tensor.spec.name, on_device, factors, rows, self.tensor.spec.dtype, workspace)
+        merged, facts = merge_rows(self._place, on_device, factors, rows, self.tensor.spec.dtype, workspace)
         if rows.start == 0:  # of the whole region, so told once
             facts.delta_square = factors.delta_square
         return merged, facts
@@ -194,28 +198,26 @@ class _RegionMerge:
 
     def _rounded(self, weights: Tensor, rows: slice) -> tuple[Tensor, BlockFacts]:
         """Round values that no arithmetic touched: casts and replacements."""
-        spec = self.tensor.spec
-        stored = store(weights, spec.dtype)
+        stored = store(weights, self.tensor.spec.dtype)
         if not has_only_numbers(stored):
-            refuse_overflow(spec, weights, stored, rows.start)
+            refuse_overflow(self._place, rows.start, weights, stored)
             if self.updates:
-                refuse_non_finite(spec, weights, rows.start, "what the adapter puts there")
+                refuse_non_finite(self._place, rows.start, weights, "what the adapter puts there")
         return stored, range_facts(weights, stored)
 
     def _defined(self, rows: slice) -> tuple[Tensor, BlockFacts]:
         """Evaluate kinds that are defined in float64, block by fixed block, on the CPU."""
-        spec = self.tensor.spec
         before = self._base(rows).to(torch.float64)
         states = self._prepared_states()
         values = before
         for update, state in zip(self.updates, states, strict=True):
             values = update.block(values, rows, state)
-        stored = store(values, spec.dtype)
+        stored = store(values, self.tensor.spec.dtype)
         if not has_only_numbers(stored):
             if before.numel():
-                refuse_non_finite(spec, before, rows.start, "the base")
-            refuse_overflow(spec, values, stored, rows.start)
-            refuse_non_finite(spec, values, rows.start, "the result")
+                refuse_non_finite(self._place, rows.start, before, "the base")
+            refuse_overflow(self._place, rows.start, values, stored)
+            refuse_non_finite(self._place, rows.start, values, "the result")
         return stored, change_facts(before, values, stored)
 
     def _prepared_states(self) -> list[object]:

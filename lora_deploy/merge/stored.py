@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_deploy.errors import NonFiniteTensorError
 from lora_deploy.merge.exact import BlockFacts
-from lora_deploy.rounding import largest, round_once, torch_dtype
-from lora_deploy.tensors import DType, TensorSpec
+from lora_deploy.rounding import dtype_of, largest, round_once, torch_dtype
+from lora_deploy.tensors import DType, Place
 
 
 def store(values: Tensor, dtype: DType) -> Tensor:
@@ -58,37 +58,30 @@ def has_only_numbers(stored: Tensor) -> bool:
     return not stored.dtype.is_floating_point or not stored.numel() or math.isfinite(float(stored.abs().max()))
 
 
-def refuse_overflow(spec: TensorSpec, exact: Tensor, stored: Tensor, first_row: int) -> None:
+def refuse_overflow(place: Place, first_row: int, exact: Tensor, stored: Tensor) -> None:
     """Refuse finite values that became infinite; what was infinite before may stay so.
 
-    Raises:
-        NonFiniteTensorError: There is one.
-    """
-    found = _first(exact.isfinite() & ~stored.isfinite(), first_row)
-    if found is not None:
-        row, col = found
-        raise NonFiniteTensorError(
-            f"{spec.name}: element [{row}, {col}] is {float(exact[row - first_row, col]):g}, "
-            f"{spec.dtype.long_name} holds at most {largest(spec.dtype):g}",
-            hint="--dtype base" if spec.dtype is DType.F16 else None,
-        )
-
-
-def refuse_non_finite(spec: TensorSpec, values: Tensor, first_row: int, whose: str) -> None:
-    """Refuse values that are no numbers; ``whose`` they are is said.
+    Shapes: both (n, n_cols): rows of the region that ``place`` is of, from ``first_row`` on.
 
     Raises:
         NonFiniteTensorError: There is one.
     """
-    found = _first(~values.isfinite(), first_row)
-    if found is not None:
-        row, col = found
+    for row, col in (exact.isfinite() & ~stored.isfinite()).nonzero()[:1].tolist():
+        dtype = dtype_of(stored)
         raise NonFiniteTensorError(
-            f"{spec.name}: element [{row}, {col}] of {whose} is {float(values[row - first_row, col])}, "
-            "expected a finite number"
+            f"{place.element(first_row + row, col)} is {float(exact[row, col]):g}, "
+            f"{dtype.long_name} holds at most {largest(dtype):g}",
+            hint="--dtype base" if dtype is DType.F16 else None,
         )
 
 
-def _first(bad: Tensor, first_row: int) -> tuple[int, int] | None:
-    places = bad.nonzero()
-    return (first_row + int(places[0, 0]), int(places[0, 1])) if places.numel() else None
+def refuse_non_finite(place: Place, first_row: int, values: Tensor, whose: str) -> None:
+    """Refuse values that are no numbers; ``whose`` they are is said. Shapes as ``refuse_overflow``.
+
+    Raises:
+        NonFiniteTensorError: There is one.
+    """
+    for row, col in (~values.isfinite()).nonzero()[:1].tolist():
+        raise NonFiniteTensorError(
+            f"{place.element(first_row + row, col)} of {whose} is {float(values[row, col])}, expected a finite number"
+        )

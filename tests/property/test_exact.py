@@ -17,7 +17,7 @@ from lora_deploy.errors import NonFiniteTensorError
 from lora_deploy.merge.exact import BlockFacts, Workspace, merge_rows
 from lora_deploy.merge.factors import Factors
 from lora_deploy.rounding import largest
-from lora_deploy.tensors import DType
+from lora_deploy.tensors import DType, Place, Region
 from lora_deploy.updates.interface import Scale
 from lora_deploy.updates.low_rank import LowRank
 from tests.exact_oracle import TORCH, decode, exact_sum, infinity_bits, merged_exactly, nearest, same_float
@@ -28,7 +28,11 @@ FLOATS = [DType.F16, DType.BF16, DType.F32, DType.F64]
 
 
 def merge(weight: Tensor, updates: Sequence[LowRank], dtype: DType) -> tuple[Tensor, BlockFacts]:
-    return merge_rows("w", weight, Factors(updates, CPU), slice(0, len(weight)), dtype, Workspace(CPU))
+    return merge_rows(place_of(weight), weight, Factors(updates, CPU), slice(0, len(weight)), dtype, Workspace(CPU))
+
+
+def place_of(weight: Tensor) -> Place:
+    return Place("w", tuple(weight.shape), Region.whole(tuple(weight.shape)))
 
 
 def update_of(up: Tensor, down: Tensor, scale: Fraction | float = 1, root: int = 1) -> LowRank:
@@ -299,11 +303,11 @@ def test_a_value_too_large_for_float16_is_refused_with_its_size_and_place() -> N
 def test_rows_of_a_region_know_their_place() -> None:
     weight, update = torch.randn(6, 4), update_of(torch.randn(6, 2), torch.randn(2, 4), 0.7)
     whole, _ = merge(weight, [update], DType.BF16)
-    part, _ = merge_rows("w", weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, Workspace(CPU))
+    part, _ = merge_rows(place_of(weight), weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, Workspace(CPU))
     assert torch.equal(part, whole[2:5])
     weight[4, 3] = math.nan
     with pytest.raises(NonFiniteTensorError, match=r"element \[4, 3\]"):
-        merge_rows("w", weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, Workspace(CPU))
+        merge_rows(place_of(weight), weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, Workspace(CPU))
 
 
 def test_facts_are_those_of_the_matrices() -> None:
