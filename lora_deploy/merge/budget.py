@@ -82,7 +82,7 @@ def fit(plan: MergePlan) -> Footprint:
     start = private_bytes()
     allowed = allowed_bytes(plan)
     most = plan.options.n_workers or usable_cores()
-    for n_workers, chunk in [(most, CHUNK_ELEMENTS), (1, CHUNK_ELEMENTS), (1, TILE_ELEMENTS)]:
+    for n_workers, chunk in [(most, CHUNK_ELEMENTS), (most, TILE_ELEMENTS), (1, TILE_ELEMENTS)]:
         n_ahead = 2 * n_workers + 1
         peak = start + _SLACK_BYTES + _work_bytes(plan, n_workers, chunk, n_ahead)
         footprint = Footprint(n_workers=n_workers, chunk_elements=chunk, n_ahead=n_ahead, peak_bytes=peak)
