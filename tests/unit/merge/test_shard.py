@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.exact_oracle import TORCH, exact_sum, merged_exactly, nearest
 from tests.merging import binding_of
 
 W = "w.weight"
+EXECUTE = importlib.import_module("lora_deploy.merge.execute")
 
 
 def merge(checkpoint: Checkpoint, updates: Any, out: Path, **options: Any) -> tuple[dict[str, Tensor], Merged]:
@@ -250,6 +253,27 @@ def test_trained_token_rows_are_put_in_place_before_the_delta_is_added(tmp_path:
     assert torch.equal(merged[W], expected.half())
     merged, _ = merge(checkpoint, {W: [tokens, update]}, tmp_path / "both")
     assert torch.equal(merged[W], exactly(expected, [update], DType.F16))
+
+
+@pytest.mark.parametrize("chunk_elements", [400, 4, 10**6])
+def test_facts_and_token_rows_do_not_depend_on_how_a_tensor_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_elements: int
+) -> None:
+    real = EXECUTE.fit
+    monkeypatch.setattr(EXECUTE, "fit", lambda plan: replace(real(plan), chunk_elements=chunk_elements))
+    weight, update = torch.randn(600, 4).to(torch.bfloat16), low_rank(600, 4)
+    tokens = TokenRows(indices=(0, 300, 599), values=torch.randn(3, 4), n_rows=600)
+    checkpoint = make_checkpoint(tmp_path / "base", {W: weight, "rows": weight})
+    merged, done = merge(checkpoint, {W: update, "rows": tokens}, tmp_path / "out")
+    entry, delta = done.record.tensors[W], update.delta()
+    assert entry.delta_norm == pytest.approx(float(delta.norm()))
+    assert entry.weight_norm == pytest.approx(float(weight.double().norm()))
+    error = float((merged[W].double() - weight.double() - delta).norm())
+    assert entry.survival == pytest.approx(1 - error / float(delta.norm()), abs=1e-5)
+    assert entry.max_abs == float(merged[W].abs().max())
+    expected = weight.float()
+    expected[list(tokens.indices)] = tokens.values
+    assert torch.equal(merged["rows"], expected.half())
 
 
 def test_kinds_defined_in_float64_are_rounded_once(tmp_path: Path) -> None:
