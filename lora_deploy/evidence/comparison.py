@@ -19,11 +19,12 @@ from lora_deploy.errors import NonFiniteTensorError
 from lora_deploy.evidence.orders import Order
 from lora_deploy.evidence.replayer import Misses, Replayer
 from lora_deploy.merge.budget import fit
-from lora_deploy.merge.exact import BlockFacts, Workspace
+from lora_deploy.merge.exact import BlockFacts
 from lora_deploy.merge.local import chosen_device, local_workers
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.progress import Progress, reporting
 from lora_deploy.merge.shard import Chunk, chunks
+from lora_deploy.merge.workspace import Workspace
 from lora_deploy.rounding import round_once, torch_dtype
 from lora_deploy.tensors import TensorSpec
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_deploy.errors import DiskSpaceError, MemoryBudgetError
-from lora_deploy.merge.exact import TILE_ELEMENTS
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.shard import CHUNK_ELEMENTS, DEFINED_BLOCK_ELEMENTS
+from lora_deploy.merge.workspace import TILE_ELEMENTS
 from lora_deploy.tensors import Region
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank

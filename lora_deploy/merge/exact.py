@@ -27,13 +27,10 @@ from torch import Tensor
 
 from lora_deploy.errors import NonFiniteTensorError
 from lora_deploy.merge.factors import UNIT, Factors
+from lora_deploy.merge.workspace import Workspace
 from lora_deploy.rounding import BITS, largest, round_fraction, round_once, round_pair, torch_dtype
 from lora_deploy.tensors import DType, Place
 
-TILE_ELEMENTS = 1 << 17
-"""Elements of a tile: its float64 values take 1 MiB, which fits the L2 cache of a server core."""
-DEVICE_TILE_ELEMENTS = 1 << 22
-"""Elements of a tile on an accelerator, where starting work costs more than memory."""
 TILE_COLS = 4096
 _ABOVE, _BELOW = 1 + 2.0**-23, 1 - 2.0**-23
 """Times a normal float32, rounded: one or two units in the last place further from zero, or nearer to it."""
@@ -74,36 +71,6 @@ class BlockFacts:
         self.error_square += other.error_square
         self.n_underflowed += other.n_underflowed
         self.n_exact += other.n_exact
-
-
-class Workspace:
-    """Buffers of one worker, reused from tile to tile; not shared between threads."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.tile_elements = TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
-        self._views: dict[tuple[str, torch.dtype, int, int], Tensor] = {}
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, use: str, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
-        """Give an uninitialised contiguous (rows, cols) buffer; the same use and dtype share memory."""
-        key = (use, dtype, rows, cols)
-        view = self._views.get(key)
-        if view is None:
-            buffer = self._buffers.get((use, dtype))
-            if buffer is None or buffer.numel() < rows * cols:
-                self._views = {}  # those of a smaller buffer would keep it
-                buffer = torch.empty(max(rows * cols, self.tile_elements), dtype=dtype, device=self.device)
-                self._buffers[use, dtype] = buffer
-            view = self._views[key] = buffer[: rows * cols].view(rows, cols)
-        return view
-
-    def shrink(self) -> bool:
-        """Drop all buffers and halve the tile, down to that of a CPU; whether there was anything to halve."""
-        self._views, self._buffers = {}, {}
-        halved = max(TILE_ELEMENTS, self.tile_elements // 2)
-        has_shrunk, self.tile_elements = halved < self.tile_elements, halved
-        return has_shrunk
 
 
 def merge_rows(
@@ -247,6 +214,8 @@ def _add_error_square(errors: Tensor, facts: BlockFacts) -> None:
 def _settle(block: _Block, flat: Tensor, values: Tensor, facts: BlockFacts) -> None:
     """Settle the open elements of a block in place: level 2, which leaves some for levels 3 and 4."""
     factors, dtype, n_cols = block.factors, block.dtype, block.weights.shape[1]
+    if not flat.numel():
+        return
     for part in torch.arange(flat.numel(), device=flat.device).split(max(1, _GATHERED // max(1, factors.rank))):
         row, col = flat[part] // n_cols, flat[part] % n_cols
         weight = block.weights[row, col].to(torch.float64)

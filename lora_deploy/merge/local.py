@@ -10,13 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from lora_deploy.errors import MergeError
-from lora_deploy.merge.exact import BlockFacts, Workspace
+from lora_deploy.merge.exact import BlockFacts
 from lora_deploy.merge.shard import Chunk
+from lora_deploy.merge.workspace import Workspace, full_precision
 
 
 class Workers:
@@ -60,14 +61,19 @@ class Workers:
 
 @contextmanager
 def local_workers(n_workers: int, n_ahead: int, device: torch.device) -> Iterator[Workers]:
-    """Start workers and stop them again, with torch's thread count as it was."""
+    """Start workers and stop them again, with torch's thread count and precision as they were.
+
+    An accelerator gets two workers at least: one moves rows while the other computes.
+    """
     n_threads = torch.get_num_threads()
-    workers = Workers(n_workers, n_ahead, device)
-    try:
-        yield workers
-    finally:
-        workers.close()
-        torch.set_num_threads(n_threads)
+    on_device = device.type != "cpu"
+    with full_precision() if on_device else nullcontext():
+        workers = Workers(max(n_workers, 2) if on_device else n_workers, n_ahead, device)
+        try:
+            yield workers
+        finally:
+            workers.close()
+            torch.set_num_threads(n_threads)
 
 
 def chosen_device(name: str) -> torch.device:

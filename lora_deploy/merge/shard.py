@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import MergeError
-from lora_deploy.merge.exact import BlockFacts, Workspace, merge_rows
+from lora_deploy.merge.exact import BlockFacts, merge_rows
 from lora_deploy.merge.factors import Factors
 from lora_deploy.merge.plan import PlannedTensor, Treatment
 from lora_deploy.merge.stored import (
@@ -28,6 +28,7 @@ from lora_deploy.merge.stored import (
     refuse_overflow,
     store,
 )
+from lora_deploy.merge.workspace import Workspace
 from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import Place, Region, TensorSpec
 from lora_deploy.updates.interface import Update
@@ -61,13 +62,14 @@ class Chunk:
         """Give the chunk's bytes."""
         if self.compute is None:
             return self.copied, BlockFacts()
-        result, facts = self.compute(workspace)
-        return bytes_of(result), facts
+        with workspace.active():
+            result, facts = self.compute(workspace)
+            return bytes_of(workspace.fetch(result)), facts
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, little endian; moved to the CPU, else not copied."""
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    """The bytes of a tensor of the CPU in row-major order, little endian; not copied unless it is not contiguous."""
+    flat = tensor.detach().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
@@ -167,9 +169,22 @@ class _RegionMerge:
         low_ranks = [update for update in self.updates if isinstance(update, LowRank)]
         if not low_ranks:
             return self._rounded(weights, rows)
+        while True:
+            try:
+                return self._merged(weights, low_ranks, rows, workspace)
+            except torch.OutOfMemoryError as error:
+                if not workspace.shrink():
+                    problem = f"{workspace.device} has too little free memory for the smallest blocks"
+                    hint = "free some of it, or --device cpu"
+                    raise MergeError(f"{self.tensor.spec.name}: {problem}", hint=hint) from error
+            torch.cuda.empty_cache()  # here, where the failed attempt holds nothing any more
+
+    def _merged(
+        self, weights: Tensor, low_ranks: list[LowRank], rows: slice, workspace: Workspace
+    ) -> tuple[Tensor, BlockFacts]:
         factors = self._prepared_factors(low_ranks)
-        on_device = weights.to(workspace.device)
-        merged, facts = merge_rows(self._place, on_device, factors, rows, self.tensor.spec.dtype, workspace)
+        dtype = self.tensor.spec.dtype
+        merged, facts = merge_rows(self._place, workspace.bring(weights), factors, rows, dtype, workspace)
         if rows.start == 0:  # of the whole region, so told once
             facts.delta_square = factors.delta_square
         return merged, facts
@@ -194,6 +209,8 @@ class _RegionMerge:
         with self._lock:
             if self._factors is None:
                 self._factors = Factors(low_ranks, self.device)
+                if self.device.type == "cuda":  # other workers have streams of their own, which would not wait
+                    torch.cuda.current_stream(self.device).synchronize()
             return self._factors
 
     def _rounded(self, weights: Tensor, rows: slice) -> tuple[Tensor, BlockFacts]:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_deploy.errors import NonFiniteTensorError
-from lora_deploy.merge.exact import BlockFacts, Workspace, merge_rows
+from lora_deploy.merge.exact import BlockFacts, merge_rows
 from lora_deploy.merge.factors import Factors
+from lora_deploy.merge.workspace import Workspace
 from lora_deploy.rounding import largest
 from lora_deploy.tensors import DType, Place, Region
 from lora_deploy.updates.interface import Scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,68 +18,14 @@ from lora_deploy.checkpoint import open_checkpoint
 from lora_deploy.merge.execute import execute
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
-from lora_deploy.tensors import Region
-from lora_deploy.updates.addition import Addition
-from lora_deploy.updates.dora import Dora
-from lora_deploy.updates.kasa import Kasa
-from lora_deploy.updates.low_rank import LowRank
-from lora_deploy.updates.residual import Residual
-from lora_deploy.updates.token_rows import TokenRows
-from tests.builders import make_checkpoint, make_scale
-from tests.merging import LLAMA, binding_of, digests
+from tests.builders import make_checkpoint
+from tests.merging import LLAMA, binding_of, digests, every_kind
 
-EXACT, SHARD, EXECUTE, BUDGET = (
-    importlib.import_module(f"lora_deploy.merge.{name}") for name in ("exact", "shard", "execute", "budget")
+EXACT, SHARD, EXECUTE, BUDGET, WORKSPACE = (
+    importlib.import_module(f"lora_deploy.merge.{name}")
+    for name in ("exact", "shard", "execute", "budget", "workspace")
 )
 DTYPES = ["float16", "bfloat16", "float32"]
-
-
-def update_of(out: int, in_: int, rank: int, dtype: torch.dtype) -> LowRank:
-    up, down = torch.randn(out, rank) * 0.05, torch.randn(rank, in_) * 0.05
-    return LowRank(up=up.to(dtype), down=down.to(dtype), scale=make_scale(0.7))
-
-
-def every_kind() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Make tensors of odd shapes and every kind of update on them; ties are planted in the first."""
-    tensors = {
-        "ties": (torch.randint(-8, 9, (700, 300)) * 2.0**-7).to(torch.bfloat16),
-        "plain": torch.randn(1031, 517).to(torch.bfloat16) * 0.1,
-        "wide": torch.randn(3, 5001).to(torch.bfloat16) * 0.1,
-        "wider base": torch.randn(300, 200) * 0.1,
-        "stack": torch.randn(4, 60, 50).to(torch.bfloat16) * 0.1,
-        "rows": torch.randn(800, 64).to(torch.bfloat16),
-        "dora": torch.randn(1500, 700).to(torch.bfloat16) * 0.1,
-        "dora columns": torch.randn(2100, 300).to(torch.bfloat16) * 0.1,
-        "residual": torch.randn(120, 90) * 0.1,
-        "kasa": torch.randn(60, 80) * 0.1,
-        "bias": torch.randn(900),
-        "cast": torch.randn(333, 77),
-        "copied": torch.arange(1000),
-    }
-    ties = LowRank(
-        up=(torch.randint(-1, 2, (700, 2)) * 2.0**-8).half(),
-        down=torch.randint(-3, 4, (2, 300)).half(),
-        scale=make_scale(0.5),
-    )
-    updates: dict[str, Any] = {
-        "ties": ties,
-        "plain": [update_of(1031, 517, 16, torch.float16), update_of(1031, 517, 3, torch.float32)],
-        "wide": update_of(3, 5001, 8, torch.float32),
-        "wider base": update_of(300, 200, 8, torch.bfloat16),
-        "stack": (update_of(60, 50, 4, torch.float32), Region(offset=2 * 3000, n_rows=60, n_cols=50)),
-        "rows": [
-            TokenRows(indices=(5, 700), values=torch.randn(2, 64), n_rows=800),
-            update_of(800, 64, 4, torch.float32),
-        ],
-        "dora": Dora(inner=update_of(1500, 700, 8, torch.float32), magnitude=torch.rand(1500) + 0.5, axis="rows"),
-        "dora columns": Dora(
-            inner=update_of(2100, 300, 8, torch.float32), magnitude=torch.rand(300) + 0.5, axis="columns"
-        ),
-        "residual": Residual(low_rank=update_of(120, 90, 4, torch.float32), method="pissa"),
-        "kasa": Kasa(low_rank=update_of(60, 80, 4, torch.float32)),
-        "bias": Addition(values=torch.randn(900), scale=make_scale(0.3)),
-    }
-    return tensors, updates
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +76,7 @@ def test_any_tile_gives_the_same_bytes(
     cols: int,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr(EXACT, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(WORKSPACE, "TILE_ELEMENTS", elements)
     monkeypatch.setattr(EXACT, "TILE_COLS", cols)
     assert merged(planned(dtype=dtype), tmp_path / "out") == expected[dtype]
 
@@ -189,7 +136,8 @@ def test_any_number_of_torch_threads_around_it_gives_the_same_bytes(
     torch.set_num_threads(2)
     try:
         assert merged(planned(dtype="float16"), tmp_path / "out") == expected["float16"]
-        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as new_thread:
+            assert new_thread.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(1)
 

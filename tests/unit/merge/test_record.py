@@ -44,8 +44,9 @@ def test_a_record_of_values_that_are_no_numbers_can_still_be_read(tmp_path: Path
     checkpoint = make_checkpoint(tmp_path / "base", tensors)
     updates = {name: low_rank(*tensors[name].shape) for name in ("a.weight", "huge.weight")}
     plan = plan_merge(binding_of(checkpoint, updates), MergeOptions(dtype="base", device="cpu"))
-    execute(plan, tmp_path / "base-dtype")
-    assert read_record(tmp_path / "base-dtype").tensors["huge.weight"].weight_norm is None
+    record = execute(plan, tmp_path / "base-dtype").record
+    assert record.tensors["huge.weight"].weight_norm is None
+    assert read_record(tmp_path / "base-dtype") == record
     checkpoint = make_checkpoint(tmp_path / "small", {n: t for n, t in tensors.items() if n != "huge.weight"})
     plan = plan_merge(binding_of(checkpoint, {"a.weight": updates["a.weight"]}), MergeOptions(device="cpu"))
     execute(plan, tmp_path / "out")
