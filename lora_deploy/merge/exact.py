@@ -171,12 +171,13 @@ def _round_to_half(values: Tensor, merged: Tensor, error: float, workspace: Work
     shape, target = values.shape, merged.dtype
     single = workspace.take("single", torch.float32, *shape)
     beside = workspace.take("beside", torch.float32, *shape)
-    low = workspace.take("low", target, *shape)
+    low = merged if merged.is_contiguous() else workspace.take("low", target, *shape)
     high = workspace.take("high", target, *shape)
     single.copy_(values)
     high.copy_(torch.mul(single, _ABOVE, out=beside))
     low.copy_(torch.mul(single, _BELOW, out=beside))
-    merged.copy_(low)
+    if low is not merged:
+        merged.copy_(low)
     wide = beside.copy_(low)
     low_bits, high_bits = low.view(torch.int16), high.view(torch.int16)
     found = _differing(high_bits.bitwise_xor_(low_bits))
@@ -192,10 +193,7 @@ def _round_to_half(values: Tensor, merged: Tensor, error: float, workspace: Work
 
 
 def _differing(differences: Tensor) -> Tensor:
-    """Flat positions of the non-zero elements of a contiguous integer buffer, and of some neighbours of theirs.
-
-    Eight bytes are looked at together: neighbours are few, and settling them again changes nothing.
-    """
+    """Flat positions of the non-zero elements of a contiguous integer buffer, looked for eight bytes at a time."""
     flat = differences.view(-1)
     n_together = 8 // flat.element_size()
     n_whole = flat.numel() // n_together * n_together
@@ -203,7 +201,7 @@ def _differing(differences: Tensor) -> Tensor:
     found = (words * n_together + torch.arange(n_together, device=flat.device)).view(-1)
     if n_whole < flat.numel():
         found = torch.cat([found, torch.arange(n_whole, flat.numel(), device=flat.device)])
-    return found
+    return found[flat[found] != 0]
 
 
 def _add_error_square(errors: Tensor, facts: BlockFacts) -> None:
@@ -222,7 +220,7 @@ def _settle(block: _Block, flat: Tensor, values: Tensor, facts: BlockFacts) -> N
         value = values[part] + 0.0  # turns -0 into +0: an exact sum of 0 has no sign
         size = factors.size(weight, row + block.first_row, col)
         bound = size * factors.unit
-        low, high = round_once(value - bound, dtype), round_once(value + bound, dtype)
+        low, high = round_once(torch.stack([value - bound, value + bound]), dtype)
         is_open = weight.isfinite()
         if factors.is_plain:
             is_open &= low.view(BITS[dtype]) != high.view(BITS[dtype])
@@ -241,8 +239,7 @@ def _settle_finely(block: _Block, weight: Tensor, row: Tensor, col: Tensor, size
     still_open = torch.ones_like(weight, dtype=torch.bool)
     if factors.is_plain and weight.numel() > _FEW:
         high, low, bound = factors.compensated(weight, row + block.first_row, col, size)
-        settled = round_pair(high, low - bound, dtype)
-        above = round_pair(high, low + bound, dtype)
+        settled, above = round_pair(torch.stack([high, high]), torch.stack([low - bound, low + bound]), dtype)
         # The pairs are true pairs only while the bound is below the last place of ``high``.
         still_open = (settled.view(BITS[dtype]) != above.view(BITS[dtype])) | ~(bound <= UNIT * high.abs())
         facts.n_underflowed += int(((settled == 0) & (high.abs() + bound != 0) & ~still_open).sum())

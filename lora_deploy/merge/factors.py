@@ -64,25 +64,21 @@ class Factors:
         Shapes: all (n,) float64; ``size`` is |W| + Σ|s·up|·|down|.
         Source: error-free transformations; Ogita, Rump, Oishi, Accurate Sum and Dot Product, 2005, algorithm Dot2.
         """
-        high, low = weight, torch.zeros_like(weight)
         is_exact = torch.ones_like(weight, dtype=torch.bool)
+        large, small = [weight[None]], []
         for update in self.updates:
-            scale = torch.full_like(weight, update.scale.value)
-            total, rest = torch.zeros_like(weight), torch.zeros_like(weight)
-            ups = update.up[row.to(update.up.device)].to(weight.device, torch.float64)
+            ups = update.up[row.to(update.up.device)].T.to(weight.device, torch.float64)
             downs = update.down[:, col.to(update.down.device)].to(weight.device, torch.float64)
-            for k in range(update.rank):
-                product, product_rest = _two_product(ups[:, k], downs[k])
-                total, sum_rest = _two_sum(total, product)
-                for term in (product_rest, sum_rest):
-                    rest, lost = _two_sum(rest, term)
-                    is_exact &= lost == 0
-            for factor in (total, rest):
-                product, product_rest = _two_product(factor, scale)
-                high, sum_rest = _two_sum(high, product)
-                for term in (product_rest, sum_rest):
-                    low, lost = _two_sum(low, term)
-                    is_exact &= lost == 0
+            products, rests = _two_product(ups, downs)
+            total, sum_rests = _two_sum_all(products)
+            rest, lost = _two_sum_all(torch.cat([rests, sum_rests]))
+            is_exact &= (lost == 0).all(dim=0)
+            scaled, scale_rests = _two_product(torch.stack([total, rest]), total.new_tensor(update.scale.value))
+            large.append(scaled)
+            small.append(scale_rests)
+        high, sum_rests = _two_sum_all(torch.cat(large))
+        low, lost = _two_sum_all(torch.cat([*small, sum_rests]))
+        is_exact &= (lost == 0).all(dim=0)
         high, low = _two_sum(high, low)
         n_terms = 2 * self.rank + 8 * len(self.updates) + 16
         return high, low, torch.where(is_exact, 0.0, size * (n_terms * UNIT) ** 2)
@@ -125,6 +121,19 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total = a + b
     shift = total - a
     return total, (a - (total - shift)) + (b - shift)
+
+
+def _two_sum_all(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the sum of m rows and the m - 1 rests of its additions, pair by pair: what the sum misses is their sum."""
+    if not len(terms):
+        return terms.new_zeros(terms.shape[1]), terms
+    rests = [terms[:0]]
+    while len(terms) > 1:
+        half = len(terms) // 2
+        totals, rest = _two_sum(terms[:half], terms[half : 2 * half])
+        terms = torch.cat([totals, terms[2 * half :]])
+        rests.append(rest)
+    return terms[0], torch.cat(rests)
 
 
 def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
