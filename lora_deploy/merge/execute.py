@@ -162,11 +162,10 @@ def _merge_shard(
             for tensor in shard.tensors
             for chunk in chunks(tensor, plan.binding.checkpoint, workers.device, footprint.chunk_elements)
         )
-        for number, (chunk, view, seen) in enumerate(workers.evaluate(parts)):
+        for chunk, view, seen in workers.evaluate(parts):
             if chunk.compute is not None:
                 facts.setdefault(chunk.tensor.spec.name, BlockFacts()).add(seen)
-            if number % 16 == 0:
-                peak = max(peak, private_bytes())
+            peak = max(peak, private_bytes())
             yield view
             advance(view.nbytes)
 

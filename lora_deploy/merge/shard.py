@@ -36,7 +36,7 @@ from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.updates.token_rows import TokenRows
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 21
 """Elements of a chunk: what one worker computes at a time."""
 COPY_BYTES = 1 << 23
 DEFINED_BLOCK_ELEMENTS = 1 << 20
