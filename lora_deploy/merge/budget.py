@@ -24,8 +24,8 @@ _SLACK_BYTES = 96_000_000
 """Allocator fragmentation, thread stacks, the small things."""
 _TILE_BYTES = 40
 """Workspace bytes an element of a tile: float64 values and spread, two outputs, float32 and wide copies."""
-_SETTLED_BYTES = 40
-"""Bytes an element of a chunk while it is computed, should every element stay open: its position and value, twice."""
+_SETTLED_BYTES = 80
+"""Bytes an element of a tile, should every one stay open: positions and values of up to two tiles, twice."""
 _DEFINED_BYTES = 48
 """Bytes an element of a block of kinds defined in float64: a few float64 intermediates."""
 _WHOLE_BYTES = 72
@@ -156,8 +156,8 @@ def _work_bytes(plan: MergePlan, n_workers: int, chunk_elements: int, n_ahead: i
     widest = max((_n_cols(tensor) for tensor in plan.tensors), default=1)
     chunk = max(chunk_elements, widest)
     widest_element = max((tensor.spec.dtype.n_bytes for tensor in plan.tensors), default=1)
-    waiting, computing = (n_ahead + 1) * chunk * widest_element, n_workers * chunk * _SETTLED_BYTES
-    exact = waiting + computing + n_workers * TILE_ELEMENTS * _TILE_BYTES
+    tile = max(TILE_ELEMENTS, widest)
+    exact = (n_ahead + 1) * chunk * widest_element + n_workers * tile * (_TILE_BYTES + _SETTLED_BYTES)
     largest_factors = max((_factor_bytes(tensor) for tensor in plan.tensors), default=0)
     defined = max((_defined_bytes(tensor, n_workers) for tensor in plan.tensors), default=0)
     return exact + 2 * largest_factors + defined

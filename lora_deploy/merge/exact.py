@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,7 +39,7 @@ _STILL_NORMAL = 2.0**-120
 """Values down to here move when they are multiplied by those."""
 _UNDERFLOWING = 2.0**-140
 """Larger than the smallest float32 number."""
-_GATHERED = 1 << 18
+_GATHERED = 1 << 17
 """Factor elements that levels 2 and 3 gather at a time."""
 _FEW = 8
 """So many elements are settled faster by rational arithmetic than by the small tensor operations of level 3."""
@@ -89,7 +90,8 @@ def merge_rows(
     facts = BlockFacts(n_elements=merged.numel())
     if merged.numel():
         block = _Block(weights=weights, factors=factors, first_row=rows.start or 0, merged=merged, dtype=dtype)
-        _settle(block, *_merge_tiles(block, workspace, facts), facts)
+        for flat, values in _merge_tiles(block, workspace, facts):
+            _settle(block, flat, values, facts)
         if dtype in {DType.F32, DType.F64}:
             facts.max_abs = _max_abs(merged)
         if not facts.max_abs <= largest(dtype):
@@ -109,11 +111,15 @@ class _Block:
     dtype: DType
 
 
-def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> tuple[Tensor, Tensor]:
-    """Level 1: write every tile's rounded values; give flat positions and float64 values of what is still open."""
+def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> Iterator[tuple[Tensor, Tensor]]:
+    """Level 1: write every tile's rounded values; give flat positions and float64 values of what is still open.
+
+    Little is given once, at the end; much as soon as it is as much as a tile, so that memory stays bounded.
+    """
     n_rows, n_cols = block.weights.shape
     factors = block.factors
-    positions, open_values = [], []
+    positions: list[Tensor] = []
+    open_values: list[Tensor] = []
     tile_cols = min(n_cols, TILE_COLS)
     tile_rows = max(1, workspace.tile_elements // tile_cols)
     for top in range(0, n_rows, tile_rows):
@@ -140,9 +146,11 @@ def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> tupl
                 width = weights.shape[1]
                 rest_of_rows = found // width * (n_cols - width) if width < n_cols else 0
                 positions.append(found + rest_of_rows + (top * n_cols + k * tile_cols))
-    if not positions:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-    return torch.cat(positions), torch.cat(open_values)
+                if sum(map(len, positions)) >= workspace.tile_elements:
+                    yield torch.cat(positions), torch.cat(open_values)
+                    positions, open_values = [], []
+    if positions:
+        yield torch.cat(positions), torch.cat(open_values)
 
 
 def _round_to_single(values: Tensor, merged: Tensor, error: float, workspace: Workspace, facts: BlockFacts) -> Tensor:
@@ -212,8 +220,6 @@ def _add_error_square(errors: Tensor, facts: BlockFacts) -> None:
 def _settle(block: _Block, flat: Tensor, values: Tensor, facts: BlockFacts) -> None:
     """Settle the open elements of a block in place: level 2, which leaves some for levels 3 and 4."""
     factors, dtype, n_cols = block.factors, block.dtype, block.weights.shape[1]
-    if not flat.numel():
-        return
     for part in torch.arange(flat.numel(), device=flat.device).split(max(1, _GATHERED // max(1, factors.rank))):
         row, col = flat[part] // n_cols, flat[part] % n_cols
         weight = block.weights[row, col].to(torch.float64)
