@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_deploy.errors import NonFiniteTensorError
+from lora_deploy.merge.compiled import merge_in_one_pass
 from lora_deploy.merge.factors import UNIT, Factors
 from lora_deploy.merge.workspace import Workspace
 from lora_deploy.rounding import BITS, largest, round_fraction, round_once, round_pair, torch_dtype
@@ -90,7 +91,7 @@ def merge_rows(
     facts = BlockFacts(n_elements=merged.numel())
     if merged.numel():
         block = _Block(weights=weights, factors=factors, first_row=rows.start or 0, merged=merged, dtype=dtype)
-        for flat, values in _merge_tiles(block, workspace, facts):
+        for flat, values in _merge_compiled(block, workspace, facts) or _merge_tiles(block, workspace, facts):
             _settle(block, flat, values, facts)
         if dtype in {DType.F32, DType.F64}:
             facts.max_abs = _max_abs(merged)
@@ -109,6 +110,21 @@ class _Block:
     """Row of the region that the block begins with."""
     merged: Tensor
     dtype: DType
+
+
+def _merge_compiled(block: _Block, workspace: Workspace, facts: BlockFacts) -> list[tuple[Tensor, Tensor]] | None:
+    """Levels 1 and 2 in one pass over memory; None where that cannot be, and nothing was counted."""
+    if not workspace.is_compiled:
+        return None
+    rows = slice(block.first_row, block.first_row + len(block.weights))
+    found = merge_in_one_pass(block.weights, block.merged, block.factors, rows)
+    if found is None:
+        return None
+    facts.weight_square += found.weight_square
+    facts.error_square += found.error_square
+    facts.max_abs = max(facts.max_abs, _size(found.max_bits, block.merged.dtype))
+    facts.n_underflowed += found.n_underflowed
+    return [(found.positions, found.values)]
 
 
 def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> Iterator[tuple[Tensor, Tensor]]:

@@ -113,7 +113,7 @@ def _carry_out(
         (partial / shard.file).unlink(missing_ok=True)
     with (
         reporting(progress, "merging", sum(shard.n_bytes for shard in rest)) as advance,
-        local_workers(footprint.n_workers, footprint.n_ahead, device) as workers,
+        local_workers(footprint.n_workers, footprint.n_ahead, device, is_compiled=footprint.is_compiled) as workers,
     ):
         for shard in rest:
             result, shard_peak = _merge_shard(plan, shard, partial, workers, footprint, digest, advance)
