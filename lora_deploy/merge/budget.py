@@ -16,6 +16,7 @@ from lora_deploy.merge.compiled import COMPILED_BYTES, pays
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.shard import CHUNK_ELEMENTS, DEFINED_BLOCK_ELEMENTS
 from lora_deploy.merge.workspace import TILE_ELEMENTS
+from lora_deploy.safetensors_file import N_HASHED_BEHIND
 from lora_deploy.tensors import Region
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
@@ -165,7 +166,7 @@ def _work_bytes(plan: MergePlan, n_workers: int, chunk_elements: int, n_ahead: i
     chunk = max(chunk_elements, widest)
     widest_element = max((tensor.spec.dtype.n_bytes for tensor in plan.tensors), default=1)
     tile = max(TILE_ELEMENTS, widest)
-    exact = (n_ahead + 1) * chunk * widest_element + n_workers * tile * (_TILE_BYTES + _SETTLED_BYTES)
+    exact = (n_ahead + 1 + N_HASHED_BEHIND) * chunk * widest_element + n_workers * tile * (_TILE_BYTES + _SETTLED_BYTES)
     largest_factors = max((_factor_bytes(tensor) for tensor in plan.tensors), default=0)
     defined = max((_defined_bytes(tensor, n_workers) for tensor in plan.tensors), default=0)
     return exact + 2 * largest_factors + defined

@@ -24,7 +24,7 @@ COMPILED_BYTES = 130_000_000
 
 _MOST = 2.0**40
 """Largest factor that float32 products and their errors are bounded for."""
-_MOST_OPEN = 1 << 6
+_MOST_OPEN = 1 << 8
 """One element in so many may stay open; where more do, float64 decides faster."""
 _STORED_AS = {DType.F16: 0, DType.BF16: 1, DType.F32: 2}
 _BITS = {DType.F16: torch.uint16, DType.BF16: torch.uint16, DType.F32: torch.uint32}
@@ -65,7 +65,7 @@ def merge_in_one_pass(weights: Tensor, merged: Tensor, factors: Factors, rows: s
     from lora_deploy.merge import kernel
 
     single = factors.single
-    most_open = merged.numel() // _MOST_OPEN + 1024
+    most_open = merged.numel() // _MOST_OPEN + 256
     positions, values = torch.empty(most_open, dtype=torch.int64), torch.empty(most_open, dtype=torch.float64)
     n_open, error_square, weight_square, max_bits, n_underflowed = kernel.merge_block(
         weights.view(_BITS[stored]).view(-1).numpy(),

@@ -7,7 +7,7 @@ Level 1 evaluates v = Σ s·up·down + W in float32, in groups of four products,
 n = ⌈R/4⌉ groups, a product passes at most n + 3 roundings and its two factors one each, so that the sum misses less
 than (n + 5)·u·‖s·up row‖·‖down column‖, u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1;
 Cauchy and Schwarz bound Σ|s·up||down|). Adding W and forming the ends cost u·|v| each. So
-e = (n + 8)·u·‖s·up row‖·‖down column‖ + 2.5·u·|v| has room for its own rounding and for second order; what underflows
+e = (n + 6)·u·‖s·up row‖·‖down column‖ + 2.5·u·|v| has room for its own rounding and for second order; what underflows
 is less than the floors of ``single`` allow for.
 
 Level 2 evaluates what is open in float64 with the bound of ``exact`` and compares it with the boundary between the two
@@ -22,8 +22,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-BLOCK_COLS = 256
-"""Columns that one pass holds: with sixteen rows of down factors, 24 KiB."""
+from lora_deploy.merge.single import BLOCK_COLS
+
+BLOCK_ROWS = 64
+"""Rows that share a block of columns of the down factors while it lies in the cache."""
 
 HALF, BRAIN, SINGLE = 0, 1, 2
 """How numbers are stored: float16, bfloat16, float32."""
@@ -138,6 +140,15 @@ def _round_to_half(values, wide, sums, merged, at, n, error, col_norms):
 
 
 @_compiled
+def _touch(stored):
+    """Read rows once from end to end, which memory does quickly, before they are read in blocks. Gives 0."""
+    found = 0
+    for k in range(0, len(stored), 64 // stored.itemsize):
+        found |= stored[k]
+    return found & 0
+
+
+@_compiled
 def _settle(value, bound, merged_as):
     """Level 2: the bits of the 16-bit number that every real within ``bound`` of ``value`` rounds to, or -1.
 
@@ -224,9 +235,8 @@ def merge_block(
 ):
     """Merge rows of a region; flat positions and float64 values of what stays open go to the last two arguments.
 
-    Shapes: stored and merged (n·n_cols,) bits; left (n, R') and right (R', n_cols) float32, R' a multiple of 4;
-    row_errors (n,), col_norms (n_cols,) float32; wide_left (n, R'), wide_columns (n_cols, R') float64. ``unit`` is
-    ``Factors.unit``.
+    Shapes: stored and merged (n·n_cols,) bits; the factors and their bounds as in ``SingleFactors``, those of rows cut
+    to the n rows; open_at (k,) int64, open_values (k,) float64. ``unit`` is ``Factors.unit``.
 
     Returns:
         Number of open elements, also of those that there was no room for; Σ(stored - exact)²; ΣW²; bits of the largest
@@ -237,45 +247,48 @@ def merge_block(
     values, wide = np.empty(BLOCK_COLS, np.float32), np.empty(BLOCK_COLS, np.float32)
     sums = np.zeros(4 * BLOCK_COLS, np.float32)
     lanes = sums.view(np.uint32)
-    block = np.empty(padded_rank * BLOCK_COLS, np.float32)
     rests = np.zeros(3, np.int64)
     error_square, weight_square = 0.0, 0.0
-    for first in range(0, n_cols, BLOCK_COLS):
-        n = min(BLOCK_COLS, n_cols - first)
-        for r in range(padded_rank):
-            block[r * BLOCK_COLS : r * BLOCK_COLS + n] = right[r, first : first + n]
-        norms = col_norms[first : first + n].copy()
-        for i in range(n_rows):
-            at = _I(i * n_cols + first)
-            if stored_as == BRAIN:
-                _widen_brain(stored, at, wide, n)
-            elif stored_as == HALF:
-                _widen_half(stored, at, wide, n)
-            else:
-                _widen_single(stored, at, wide, n)
-            _start(values, block, n, left[i, 0], left[i, 1], left[i, 2], left[i, 3])
-            for r in range(4, padded_rank, 4):
-                _add(values, block, _I(r * BLOCK_COLS), n, left[i, r], left[i, r + 1], left[i, r + 2], left[i, r + 3])
-            if merged_as == BRAIN:
-                has_open = _round_to_brain(values, wide, sums, merged, at, n, row_errors[i], norms)
-            else:
-                has_open = _round_to_half(values, wide, sums, merged, at, n, row_errors[i], norms)
-            if has_open:
-                _settle_row(
-                    i,
-                    first,
-                    n,
-                    wide,
-                    lanes,
-                    merged,
-                    merged_as,
-                    wide_left,
-                    wide_columns,
-                    unit,
-                    rests,
-                    open_at,
-                    open_values,
-                )
+    for top in range(0, n_rows, BLOCK_ROWS):
+        bottom = min(top + BLOCK_ROWS, n_rows)
+        rests[2] += _touch(stored[top * n_cols : bottom * n_cols])
+        for first in range(0, n_cols, BLOCK_COLS):
+            n = min(BLOCK_COLS, n_cols - first)
+            block = right[first // BLOCK_COLS]
+            norms = col_norms[first : first + n]
+            for i in range(top, bottom):
+                at = _I(i * n_cols + first)
+                if stored_as == BRAIN:
+                    _widen_brain(stored, at, wide, n)
+                elif stored_as == HALF:
+                    _widen_half(stored, at, wide, n)
+                else:
+                    _widen_single(stored, at, wide, n)
+                _start(values, block, n, left[i, 0], left[i, 1], left[i, 2], left[i, 3])
+                for r in range(4, padded_rank, 4):
+                    _add(
+                        values, block, _I(r * BLOCK_COLS), n, left[i, r], left[i, r + 1], left[i, r + 2], left[i, r + 3]
+                    )
+                if merged_as == BRAIN:
+                    has_open = _round_to_brain(values, wide, sums, merged, at, n, row_errors[i], norms)
+                else:
+                    has_open = _round_to_half(values, wide, sums, merged, at, n, row_errors[i], norms)
+                if has_open:
+                    _settle_row(
+                        i,
+                        first,
+                        n,
+                        wide,
+                        lanes,
+                        merged,
+                        merged_as,
+                        wide_left,
+                        wide_columns,
+                        unit,
+                        rests,
+                        open_at,
+                        open_values,
+                    )
         for c in range(BLOCK_COLS):  # often, so that float32 sums stay short
             error_square += sums[BLOCK_COLS + c]
             weight_square += sums[2 * BLOCK_COLS + c]
