@@ -93,6 +93,19 @@ def execute(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> 
     return Merged(root=root, record=done, was_done=True)
 
 
+def is_done(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> bool:
+    """Whether ``out`` holds this very merge already; nothing is written.
+
+    Raises:
+        OutputExistsError: As ``execute`` would.
+    """
+    out = out.resolve()
+    _refuse_inputs_inside(plan, out)
+    has_record = (out / RECORD_NAME).is_file()
+    digest = identity_digest(identify(plan, progress)) if has_record else ""
+    return find_done(out, digest, fresh=plan.options.fresh) is not None
+
+
 def _refuse_inputs_inside(plan: MergePlan, out: Path) -> None:
     binding = plan.binding
     for path in (binding.checkpoint.root, *(adapter.path for adapter in binding.adapters)):
