@@ -29,6 +29,8 @@ Proto: TypeAlias = Any
 """A message of the onnx package, which has no types."""
 Line: TypeAlias = "tuple[str, str]"
 """A place for people, and what counts there."""
+Port: TypeAlias = "tuple[str, str, tuple[int | str, ...]]"
+"""Name, dtype and shape of an input or output."""
 
 
 def canonical_digest(path: Path) -> str:
@@ -60,7 +62,37 @@ def first_difference(left: Path, right: Path) -> str | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def opset_of(path: Path) -> int:
+    """Version of the standard operators that a graph uses.
+
+    Raises:
+        InputError: The file is no ONNX graph.
+    """
+    return int(next((opset.version for opset in load_graph(path).opset_import if not opset.domain), 0))
+
+
+def ports_of(path: Path) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of a graph.
+
+    Raises:
+        InputError: The file is no ONNX graph.
+    """
+    graph = load_graph(path).graph
+    fixed = {tensor.name for tensor in graph.initializer}
+    inputs, outputs = (
+        [(value.name, _dtype(value.type.tensor_type.elem_type), _sizes(value)) for value in values]
+        for values in (graph.input, graph.output)
+    )
+    return [port for port in inputs if port[0] not in fixed], outputs
+
+
+def load_graph(path: Path) -> Proto:
+    """Parse a graph file; external weights are not opened.
+
+    Raises:
+        InputError: The file is no ONNX graph.
+        ExportError: The package onnx is missing.
+    """
     onnx = require_onnx()
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -68,6 +100,18 @@ def _lines(path: Path) -> Iterator[Line]:
         raise InputError(f"{path}: is not an ONNX graph: {error}") from error
     if not model.opset_import:
         raise InputError(f"{path}: is not an ONNX graph: it imports no operators")
+    return model
+
+
+def _sizes(value: Proto) -> tuple[int | str, ...]:
+    return tuple(
+        dimension.dim_value if dimension.HasField("dim_value") else dimension.dim_param
+        for dimension in value.type.tensor_type.shape.dim
+    )
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    model = load_graph(path)
     for opset in sorted(model.opset_import, key=lambda opset: opset.domain):
         yield f"opset {opset.domain or 'ai.onnx'}", f"opset {opset.domain or 'ai.onnx'} {opset.version}"
     yield from _Scope().graph(model.graph, "graph")

@@ -122,7 +122,7 @@ def _newer_opset(model: Any) -> None:
         (_change_dtype, "graph initializer w: initializer %1 FLOAT[16, 8] vs initializer %1 FLOAT16[16, 8]"),
         (_change_shape, "graph initializer w: "),
         (_fix_symbol, "graph input x: "),
-        (_rename_input, "graph input x: "),
+        (_rename_input, "graph input x vs graph input input_ids: "),
         (_newer_opset, "opset ai.onnx: opset ai.onnx 20 vs opset ai.onnx 21"),
     ],
 )
