@@ -21,6 +21,9 @@ from lora_deploy.export.samples import SampleSize, sample_inputs
 SIZES = (SampleSize(n_rows=2, n_tokens=9), SampleSize(n_rows=3, n_tokens=12))
 """Of the inputs that are traced, and of those that the graph is tried with; every axis that varies differs."""
 
+_FLAGS = frozenset({"use_cache", "return_dict", "output_attentions", "output_hidden_states"})
+"""What the exporter takes out of the inputs itself."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stage:
@@ -53,34 +56,28 @@ def stages_of(model: Any) -> Iterator[Stage]:  # noqa: ANN401 - a transformers m
         yield Stage(component=component, module=module, inputs=inputs, others=second[component][1])
 
 
-def varying(inputs: Any, others: Any) -> Any:  # noqa: ANN401 - trees of tensors
+def varying(inputs: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """Mark the axes that differ between two samples as dynamic, in the form that ``torch.export`` wants.
 
-    An axis that is alike in both is fixed: symbolic shapes cost minutes on axes that never vary.
+    An axis that is alike in both is fixed: symbolic shapes cost minutes on axes that never vary. The caches' classes
+    are registered with torch's pytree before.
     """
-    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-
-    # The exporter takes these away itself: they are no inputs.
-    flags = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
-    pairs = iter(list(zip(_tensors(inputs), _tensors(others), strict=True)))
-
-    def mark(spec: Any) -> Any:  # noqa: ANN401
-        if isinstance(spec, dict) and all(isinstance(key, int) for key in spec) and spec:
-            left, right = next(pairs)
-            return {axis: dim for axis, dim in spec.items() if left.shape[axis] != right.shape[axis]}
-        if isinstance(spec, dict):
-            return {key: mark(item) for key, item in spec.items()}
-        if isinstance(spec, list | tuple):
-            return type(spec)(mark(item) for item in spec)
-        return spec
-
-    return mark(get_auto_dynamic_shapes({key: value for key, value in inputs.items() if key not in flags}))
+    return {key: _marked(value, others[key]) for key, value in inputs.items() if key not in _FLAGS}
 
 
-def _tensors(inputs: Any) -> list[torch.Tensor]:  # noqa: ANN401
-    from transformers.exporters.utils import get_leaf_tensors
-
-    return list(get_leaf_tensors(dict(inputs)).values())
+def _marked(one: Any, other: Any) -> Any:  # noqa: ANN401 - a tree of tensors
+    if isinstance(one, torch.Tensor):
+        sizes = enumerate(zip(one.shape, other.shape, strict=True))
+        return {axis: torch.export.Dim.AUTO for axis, (left, right) in sizes if left != right}
+    if type(one) is dict:
+        return {key: _marked(value, other[key]) for key, value in one.items()}
+    if type(one) in {list, tuple}:
+        return type(one)(_marked(left, right) for left, right in zip(one, other, strict=True))
+    node = torch.utils._pytree.SUPPORTED_NODES.get(type(one))  # noqa: SLF001 - as the exporter itself does
+    if node is None:
+        return None
+    children, twins = node.flatten_fn(one)[0], node.flatten_fn(other)[0]
+    return [_marked(left, right) for left, right in zip(children, twins, strict=True)]
 
 
 def _generates(model: Any) -> bool:  # noqa: ANN401
@@ -93,6 +90,7 @@ def _generation_inputs(model: Any, size: SampleSize) -> dict[str, tuple[Any, dic
     inputs = sample_inputs(model, size, is_left_padded=not model.config.is_encoder_decoder)
     if model.config.is_encoder_decoder:
         start = getattr(model.generation_config, "decoder_start_token_id", None) or 0
+        model.generation_config.decoder_start_token_id = start  # any token will do to trace with
         # More than the one token that generation starts with, so that the length varies.
         prompt = torch.full((size.n_rows, size.n_tokens - 4), 1, dtype=torch.long)
         prompt[:, 0] = start
