@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_deploy.artifact import cache_root
+from lora_deploy.artifact import cache_root, cached_sha256, sha256_of
 from lora_deploy.checkpoint import open_checkpoint
 from lora_deploy.errors import Finding, Severity
 from lora_deploy.export.bind import Binder
@@ -82,6 +82,8 @@ def graph_of(blueprint: Blueprint, maker: GraphMaker, progress: Progress | None 
         made.mkdir()
         _make(blueprint, maker, work, made, progress)
         sync_folder(made)
+        if _read(place, blueprint.digest, was_cached=True) is None and place.exists():
+            place.rename(work / "broken")
         with suppress(OSError):  # another process was quicker: its graph is as good
             made.rename(place)
     finally:
@@ -118,7 +120,7 @@ def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progr
         (made / name).write_bytes(content)
     table = binder.finish()
     (made / TABLE_NAME).write_text(table.text())
-    about = {
+    about: dict[str, Any] = {
         "metadata": metadata,
         "graphs": {name: _recorded(made / part.file).model_dump() for name, part in table.components.items()},
         "opset": opset_of(made / next(iter(table.components.values())).file),
@@ -126,6 +128,7 @@ def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progr
         "versions": dict(blueprint.versions),
         "findings": [asdict(finding) for finding in findings],
     }
+    about["files"] = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
     (made / _ABOUT_NAME).write_text(json.dumps(about, indent=1, sort_keys=True))
 
 
@@ -137,6 +140,8 @@ def _recorded(path: Path) -> RecordedGraph:
 def _read(folder: Path, digest: str, *, was_cached: bool) -> GraphSet | None:
     try:
         about = json.loads((folder / _ABOUT_NAME).read_text())
+        if any(cached_sha256(folder / name) != sha256 for name, sha256 in about["files"].items()):
+            return None
         table = BindingTable.model_validate_json((folder / TABLE_NAME).read_text())
         findings = tuple(Finding(**{**f, "severity": Severity(f["severity"])}) for f in about["findings"])
         return GraphSet(
