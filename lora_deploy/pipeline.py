@@ -14,7 +14,7 @@ name. Promise: no stage is skipped, none is run twice, and what a stage found is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -35,8 +35,10 @@ from lora_deploy.evidence.replay import ReplayReport, replay
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.export.execute import Exported, execute_export
 from lora_deploy.export.execute import default_output as default_export
+from lora_deploy.export.generate import Answer, answer
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.plan import ExportPlan, plan_export
+from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
 from lora_deploy.export.sources import CheckpointSource, PlanSource, WeightSource
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
@@ -52,6 +54,7 @@ from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding, BindOptions, bind
 
 __all__ = [
+    "answer_prompt",
     "base_artifacts",
     "default_export",
     "default_output",
@@ -241,6 +244,26 @@ def export(  # noqa: PLR0913 - what merge takes, and what export takes
     )
     out = Path(output) if output is not None else default_export(planned)
     return execute_export(planned, out, progress=progress)
+
+
+def answer_prompt(
+    folder: Reference,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    is_raw: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Answer:
+    """Let the graphs in a folder, or in its folder ``onnx``, answer; ``say`` hears the text as it comes.
+
+    Raises:
+        InputError: There is no export.
+        ExportError: It is no decoder with a tokenizer.
+    """
+    root = Path(folder)
+    inner = root / "onnx"
+    root = inner if not (root / EXPORT_RECORD).is_file() and (inner / EXPORT_RECORD).is_file() else root
+    return answer(root, prompt, max_tokens=max_tokens, is_raw=is_raw, say=say)
 
 
 def verify(

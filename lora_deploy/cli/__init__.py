@@ -15,6 +15,7 @@ from lora_deploy.cli.export import export
 from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
 from lora_deploy.cli.screen import Screen
+from lora_deploy.cli.try_prompt import try_prompt
 from lora_deploy.cli.validate import validate
 from lora_deploy.cli.verify import verify
 from lora_deploy.errors import LoraDeployError
@@ -76,5 +77,5 @@ def main() -> None:
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
-for _command in (inspect, validate, merge, export, verify):
+for _command in (inspect, validate, merge, export, try_prompt, verify):
     main.add_command(_command)

@@ -17,7 +17,7 @@ from lora_deploy.export.options import (
     LAYOUT_CHOICES,
     MAKER_CHOICES,
     PROVIDER_CHOICES,
-    WEIGHTS_CHOICES,
+    STORAGE_CHOICES,
     ExportOptions,
 )
 from lora_deploy.merge.options import MergeOptions
@@ -72,7 +72,8 @@ def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
 )
 @click.option(
     "--weights",
-    type=click.Choice(WEIGHTS_CHOICES),
+    "storage",
+    type=click.Choice(STORAGE_CHOICES),
     default="external",
     show_default=True,
     help="external: files of their own, laid out for the graph. shared: the graphs go into MERGED and read its "
@@ -193,7 +194,7 @@ def _show(screen: Screen, exported: Exported) -> None:
         ("dtype", f"{record.options['dtype']}, for {record.options['provider']}"),
         ("output", f"{len(record.artifacts)} files, {format_size(n_bytes)}"),
     ]
-    if record.options["weights"] == "shared":
+    if record.options["storage"] == "shared":
         rows.append(("shared", f"{100 * record.shared_share:.1f} % of the weights' bytes"))
     screen.fields(rows)
     screen.findings(

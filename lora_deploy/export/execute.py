@@ -49,7 +49,7 @@ def default_output(plan: ExportPlan) -> Path:
     source = plan.source
     if not isinstance(source, CheckpointSource):
         raise ExportError("an export from adapter and base needs a place", hint="-o OUT")
-    return source.checkpoint.root if plan.options.weights == "shared" else source.checkpoint.root / "onnx"
+    return source.checkpoint.root if plan.options.storage == "shared" else source.checkpoint.root / "onnx"
 
 
 def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = None) -> Exported:
@@ -67,7 +67,7 @@ def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = N
     if done is not None:
         return Exported(root=root, record=done, was_done=True)
     graphs = graph_of(plan.blueprint, plan.maker, progress)
-    if plan.options.weights == "shared":
+    if plan.options.storage == "shared":
         record = _write(plan, graphs, out, digest, identity, progress)
         return Exported(root=root, record=record, was_cached=graphs.was_cached)
     with locked(out) as partial:
@@ -83,7 +83,7 @@ def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = N
 
 
 def _find_done(out: Path, digest: str, plan: ExportPlan) -> ExportRecord | None:
-    is_shared = plan.options.weights == "shared"
+    is_shared = plan.options.storage == "shared"
     if is_shared and isinstance(plan.source, CheckpointSource) and out != plan.source.checkpoint.root.resolve():
         raise ExportError(
             f"{out}: onnxruntime reads shared weights only from the graph's own folder",
@@ -120,12 +120,12 @@ def _write(
     progress: Progress | None,
 ) -> ExportRecord:
     """Write graphs, weights, travelling files and at last the record."""
-    shared = share(plan.source, graphs) if plan.options.weights == "shared" else Shared.nothing(graphs)
+    shared = share(plan.source, graphs) if plan.options.storage == "shared" else Shared.nothing(graphs)
     artifacts = write_weights(plan.source, graphs, shared.table, folder, progress)
     for name, content in shared.graphs.items():
         artifacts.append(write_file(folder / name, content, (), root=folder))
     artifacts.append(write_file(folder / TABLE_NAME, shared.table.text().encode(), (), root=folder))
-    if plan.options.weights != "shared":
+    if plan.options.storage != "shared":
         artifacts += _travelling(plan, graphs, folder)
     record = ExportRecord(
         schema=SCHEMA,

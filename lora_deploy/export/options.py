@@ -7,7 +7,7 @@ from dataclasses import dataclass
 MAKER_CHOICES = ("auto", "transformers", "genai")
 DTYPE_CHOICES = ("float32", "float16", "bfloat16")
 PROVIDER_CHOICES = ("cpu", "cuda")
-WEIGHTS_CHOICES = ("external", "shared")
+STORAGE_CHOICES = ("external", "shared")
 LAYOUT_CHOICES = ("transformers", "genai")
 
 
@@ -19,7 +19,7 @@ class ExportOptions:
     """``float32``, ``float16`` or ``bfloat16``: what the graph computes in; None is the weights' own."""
     provider: str = "cpu"
     """``cpu`` or ``cuda``: whose kernels nodes are fused for."""
-    weights: str = "external"
+    storage: str = "external"
     """``external``: files of their own, laid out as the graph wants them; ``shared``: the merged safetensors files
     themselves, where their layout allows."""
     layout: str = "transformers"

@@ -60,7 +60,7 @@ def plan_export(source: WeightSource, options: ExportOptions) -> ExportPlan:
         ExportError: The format cannot be had, the options contradict each other, or there is no configuration.
     """
     is_merged = isinstance(source, CheckpointSource)
-    if options.weights == "shared" and not is_merged:
+    if options.storage == "shared" and not is_merged:
         raise ExportError(
             "--weights shared: there is no merged checkpoint whose files could be shared",
             hint="merge first, then export the merged folder; or --weights external",
@@ -73,7 +73,7 @@ def plan_export(source: WeightSource, options: ExportOptions) -> ExportPlan:
         provider=options.provider,
         maker=maker.name,
         packages=maker.packages,
-        is_stored=options.weights == "shared",
+        is_stored=options.storage == "shared",
     )
     return ExportPlan(
         source=source,

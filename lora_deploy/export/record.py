@@ -58,7 +58,7 @@ class ExportRecord(_Frozen):
     source: dict[str, Any]
     """``merged``: the weight files, by digest; or ``merge``: what was merged on the way, and how."""
     options: dict[str, Any]
-    """``dtype``, ``provider``, ``weights``, ``layout`` and ``maker``, all resolved."""
+    """``dtype``, ``provider``, ``storage``, ``layout`` and ``maker``, all resolved."""
     opset: int
     graphs: dict[str, RecordedGraph]
     """By component."""

@@ -133,7 +133,7 @@ def test_what_fails_half_way_leaves_what_was_there(tmp_path: Path, monkeypatch: 
 
 def test_shared_graphs_read_the_merged_files_where_the_layout_allows(tmp_path: Path) -> None:
     tensors = weights(seed=2)
-    plan = planned(checkpoint(tmp_path / "m", tensors), HandMaker(stored), weights="shared")
+    plan = planned(checkpoint(tmp_path / "m", tensors), HandMaker(stored), storage="shared")
     assert default_output(plan) == tmp_path / "m"
     exported = execute_export(plan, tmp_path / "m")
     n_shared = tensors["a.weight"].nbytes + tensors["norm.weight"].nbytes
@@ -145,7 +145,7 @@ def test_shared_graphs_read_the_merged_files_where_the_layout_allows(tmp_path: P
 
 
 def test_shared_graphs_lie_beside_the_weights_or_not_at_all(tmp_path: Path) -> None:
-    plan = planned(checkpoint(tmp_path / "m"), HandMaker(stored), weights="shared")
+    plan = planned(checkpoint(tmp_path / "m"), HandMaker(stored), storage="shared")
     with pytest.raises(ExportError, match="reads shared weights only from the graph's own folder"):
         execute_export(plan, tmp_path / "elsewhere")
 
