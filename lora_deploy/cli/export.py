@@ -115,7 +115,7 @@ def export(
     \b
     Examples:
       lora-deploy export 7-merged --onnx
-      lora-deploy export --onnx --adapter runs/7 --base owner/name --dtype float32 -o 7-onnx
+      lora-deploy export --onnx --adapter runs/7 --base owner/name -o 7-onnx
       lora-deploy export 7-merged --onnx --weights shared
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
