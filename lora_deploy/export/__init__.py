@@ -17,4 +17,9 @@ GRAPH_MAKERS: tuple[Entry, ...] = (
         summary="transformers' own exporters: every architecture that it can trace",
         path="lora_deploy.export.transformers:MAKER",
     ),
+    Entry(
+        name="genai",
+        summary="onnxruntime-genai's builder: fewer nodes, for the decoders that it knows",
+        path="lora_deploy.export.genai:MAKER",
+    ),
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.artifact import Artifact, cached_sha256, remember_sha256
+from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError, OutputExistsError
 from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
 from lora_deploy.export.plan import ExportPlan
@@ -157,5 +158,10 @@ def _travelling(plan: ExportPlan, graphs: GraphSet, folder: Path) -> list[Artifa
     artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
     for name, path in sorted(plan.source.companions.items()):
         artifacts.append(write_file(folder / name, path.read_bytes(), (), root=folder))
-    own = ((folder / name, (graphs.folder / name).read_bytes()) for name in graphs.companions)
-    return [*artifacts, *(write_file(path, content, (), root=folder) for path, content in own)]
+    generation = plan.source.companions.get("generation_config.json")
+    own = plan.maker.settled(
+        {name: (graphs.folder / name).read_bytes() for name in graphs.companions},
+        plan.source.config,
+        read_json(generation) if generation is not None else {},
+    )
+    return [*artifacts, *(write_file(folder / name, content, (), root=folder) for name, content in own.items())]

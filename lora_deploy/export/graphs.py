@@ -7,6 +7,7 @@ at any time.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from lora_deploy.safetensors_file import sync_folder
 
 TABLE_NAME = "binding_table.json"
 _ABOUT_NAME = "graph.json"
+_WORK_PREFIX = ".making-"
 _SEEDS = (20_251_125, 31_415_927)
 
 
@@ -76,7 +78,9 @@ def graph_of(blueprint: Blueprint, maker: GraphMaker, progress: Progress | None 
     if found is not None:
         return found
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(mkdtemp(prefix=f".{blueprint.digest[:12]}.{os.getpid()}.", dir=place.parent))
+    _remove_abandoned(place.parent)
+    work = Path(mkdtemp(prefix=_WORK_PREFIX, dir=place.parent))
+    lock = _lock(work)
     try:
         made = work / "graph"
         made.mkdir()
@@ -88,9 +92,29 @@ def graph_of(blueprint: Blueprint, maker: GraphMaker, progress: Progress | None 
             made.rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
     found = _read(place, blueprint.digest, was_cached=False)
     assert found is not None, f"{place}: was just written"  # noqa: S101
     return found
+
+
+def _lock(work: Path) -> int:
+    """Hold a working folder, so that nobody takes it for abandoned; the system lets go when the process dies."""
+    lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove working folders of processes that were killed: they are as large as two checkpoints."""
+    for work in folder.glob(f"{_WORK_PREFIX}*"):
+        with suppress(OSError):  # held by a process that works there, or just begun or ended
+            lock = os.open(work / "lock", os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(work, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progress: Progress | None) -> None:

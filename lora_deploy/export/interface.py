@@ -64,3 +64,9 @@ class GraphMaker(Protocol):
     def companions(self, task: GraphTask) -> Mapping[str, bytes]:
         """Other files that belong to the graph, by name; known once everything was drawn."""
         ...
+
+    def settled(
+        self, companions: Mapping[str, bytes], config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> Mapping[str, bytes]:
+        """Those files as they are for one model: ``config.json`` and ``generation_config.json`` are given."""
+        ...

@@ -8,23 +8,20 @@ Source: transformers 5.23 ``exporters/exporter_onnx.py``.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from lora_deploy.errors import ExportError, Finding, LoraDeployError, Severity
+from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.extras import require_transformers_exporters
 from lora_deploy.export.interface import Drawing, GraphTask
+from lora_deploy.export.loading import about, load_model, quiet
 from lora_deploy.export.stages import Stage, stages_of, varying
 from lora_deploy.export.trial import expected_outputs, fault_of
-from lora_deploy.rounding import torch_dtype
 
 
 class TransformersMaker:
@@ -36,18 +33,24 @@ class TransformersMaker:
     def draw(self, task: GraphTask) -> Iterator[Drawing]:
         """Draw every stage of the model twice; see the protocol."""
         require_transformers_exporters()
-        with _quiet():
-            model = _load(task, 0)
+        with quiet():
+            model = load_model(task.checkpoints[0], task.dtype)
             for stage in self._stages(model):
-                with _about(stage.component):
+                with about(stage.component):
                     yield from self._draw(task, model, stage)
 
     def companions(self, task: GraphTask) -> Mapping[str, bytes]:
         """Nothing but graphs."""
         return {}
 
+    def settled(
+        self, companions: Mapping[str, bytes], config: Mapping[str, Any], generation: Mapping[str, Any]
+    ) -> Mapping[str, bytes]:
+        """Nothing depends on the model."""
+        return companions
+
     def _stages(self, model: Any) -> list[Stage]:  # noqa: ANN401
-        with _about(type(model).__name__):
+        with about(type(model).__name__):
             return list(stages_of(model))
 
     def _draw(self, task: GraphTask, model: Any, stage: Stage) -> Iterator[Drawing]:  # noqa: ANN401
@@ -188,70 +191,12 @@ def _fuse(model: Any, provider: str) -> None:  # noqa: ANN401
     fuse_for_onnxruntime(model, provider)
 
 
-def _load(task: GraphTask, seed: int) -> Any:  # noqa: ANN401
-    folder = task.checkpoints[seed]
-    import transformers
-
-    config = json.loads((folder / "config.json").read_text())
-    names = config.get("architectures") or []
-    cls = getattr(transformers, str(names[0]), None) if names else None
-    if cls is None:
-        raise ExportError(
-            f"config.json: architectures is {names or 'missing'}: no class of transformers {transformers.__version__}",
-            hint="write the model's class into config.json, such as LlamaForCausalLM" if not names else None,
-            code="unknown-architecture",
-        )
-    with _about(cls.__name__):
-        model, loading = cls.from_pretrained(
-            folder, dtype=torch_dtype(task.dtype), output_loading_info=True, local_files_only=True
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ExportError(
-            f"{cls.__name__}: the weights lack {len(missing)} of its tensors, first {missing[0]}: "
-            "the graph would run on random ones",
-            hint="architectures in config.json may name a head that the weights do not have",
-            code="weights-missing",
-        )
-    return model.eval()
-
-
 def _refill(model: Any, task: GraphTask, seed: int) -> None:  # noqa: ANN401
     """Give the model another set of weights, in place: the traced graph refers to its tensors."""
-    other = _load(task, seed)
+    other = load_model(task.checkpoints[seed], task.dtype)
     with torch.no_grad():
         for name, tensor in other.state_dict().items():
             model.state_dict()[name].copy_(tensor)
-
-
-@contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Turn whatever a library raises into our error, which names the component and the cause."""
-    try:
-        yield
-    except LoraDeployError:
-        raise
-    except Exception as error:
-        cause = " ".join(str(error.__cause__ or error).split())[:500]
-        raise ExportError(f"{what}: cannot be exported: {type(error).__name__}: {cause}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress off stdout, and their advice to developers to themselves."""
-    from transformers.utils import logging as transformers_logging
-
-    disabled, shows_bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        transformers_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-            if shows_bars:
-                transformers_logging.enable_progress_bar()
 
 
 def _finding(code: str, severity: Severity, component: str, message: str) -> Finding:

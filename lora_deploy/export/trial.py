@@ -50,13 +50,14 @@ def fault_of(model: Any, inputs: Mapping[str, Any], expected: Mapping[str, Tenso
     except Exception as error:  # noqa: BLE001 - onnxruntime's own errors have no common class
         return f"onnxruntime: {' '.join(str(error).split())[:300]}"
     for name, value in outputs.items():
-        fault = _deviation(torch.from_numpy(value), expected.get(name.removeprefix("output.")), dtype)
+        fault = deviation(torch.from_numpy(value), expected.get(name.removeprefix("output.")), dtype)
         if fault:
             return f"output {name} {fault}"
     return None
 
 
-def _deviation(found: Tensor, expected: Tensor | None, dtype: DType) -> str | None:
+def deviation(found: Tensor, expected: Tensor | None, dtype: DType) -> str | None:
+    """Say how far an output is from the model's, if it is further than the dtype explains."""
     if expected is None:
         return "is none of the model's"
     if found.shape != expected.shape:

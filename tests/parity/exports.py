@@ -36,6 +36,10 @@ class Case:
     """Of the base: its graph is the merged model's."""
     straight: Exported
     """From base and adapter, without the merged checkpoint."""
+    shared: Any = None
+    """With the merged checkpoint's own files; where a fixture asks for it."""
+    half: Any = None
+    """In float16; where a fixture asks for it."""
 
     @functools.cached_property
     def model(self) -> Any:

@@ -5,6 +5,7 @@ Prefill and decode, batch 1 and left-padded batches, over caches that torch and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.exporters import ExportedModel
 
 from lora_deploy.export.canonical import canonical_digest
+from lora_deploy.export.generate import Decoder
 from tests.parity.exports import Case, assert_close, contents, prepare, run, tokens
 from tests.peer.models import VOCABULARY, gpt2, llama
 from tests.peer.trained import randomize
@@ -109,6 +111,17 @@ def test_base_and_adapter_give_the_same_files_without_a_merged_checkpoint(case: 
     assert {name: content for name, content in found.items() if name not in others} == {
         name: content for name, content in expected.items() if name not in others
     }
+
+
+def test_try_hears_the_tokens_that_the_merged_model_generates(case: Case) -> None:
+    prompt = [7, 11, 23, 9]
+    decoder = Decoder(case.exported.root, case.exported.record, n_threads=1)
+    found = list(itertools.islice(decoder.tokens(prompt), 8))
+    ids = torch.tensor([prompt])
+    for token in found:
+        expected = _expected(case.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0, -1]
+        assert expected[token] >= expected.max() - 1e-4 * expected.abs().max()
+        ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
 def test_transformers_loads_the_folder_and_runs_it(case: Case) -> None:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from transformers import BertForSequenceClassification
 from transformers.exporters import ExportedModel
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
 
-from tests.parity.exports import Case, assert_close, contents, prepare, run, tokens
+from lora_deploy.export.binding_table import BindingTable
+from lora_deploy.export.canonical import first_difference
+from lora_deploy.export.drawn import external, initializers, values_of, without_metadata
+from lora_deploy.export.loading import quiet
+from lora_deploy.export.options import ExportOptions
+from lora_deploy.export.stages import stages_of, varying
+from lora_deploy.merge.options import MergeOptions
+from lora_deploy.pipeline import export
+from tests.parity.exports import Case, assert_close, contents, export_with, prepare, run, tokens
 from tests.peer.models import bert, t5, vit
+from tests.peer.trained import MEMORY_BYTES
 
 pytestmark = [pytest.mark.slow]
 
@@ -20,7 +34,16 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = bert(BertForSequenceClassification, num_labels=3)
     folder = tmp_path_factory.mktemp("bert")
     options = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "init_lora_weights": False}
-    return prepare(model, ["query", "value", "intermediate.dense"], folder, **options)
+    case = prepare(model, ["query", "value", "intermediate.dense"], folder, **options)
+    case.shared = export_with(case.merged, storage="shared")
+    case.half = export(
+        adapters=case.trained.adapter,
+        base=case.trained.base,
+        output=folder / "half",
+        merge_options=MergeOptions(n_workers=1, memory_bytes=MEMORY_BYTES),
+        export_options=ExportOptions(dtype="float16"),
+    )
+    return case
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +80,47 @@ def test_a_trained_head_is_in_the_weights_and_not_in_the_graph(classifier: Case)
     assert contents(classifier.base_export.root, "*.onnx") == graphs
     assert contents(classifier.base_export.root, "*.data") != weights
     assert contents(classifier.straight.root, "*.onnx", "*.data") == graphs | weights
+
+
+def test_an_independent_export_of_the_merged_model_is_the_same_graph_with_the_same_bytes(
+    classifier: Case, tmp_path: Path
+) -> None:
+    """The exporter alone, on the merged model itself: no synthetic weights, no table, no cache."""
+    stage = next(iter(stages_of(classifier.model)))
+    config = OnnxConfig(dynamic=True, dynamic_shapes=varying(stage.inputs, stage.others), ort_fusions="cpu")
+    with quiet():
+        independent = OnnxExporter().export(stage.module, dict(stage.inputs), config).program
+    ours = onnx.load(str(classifier.exported.graphs["model"]))
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in ours.graph.initializer}
+    bound = classifier.exported.root / "binding_table.json"
+    slots = BindingTable.model_validate_json(bound.read_text()).components["model"].slots
+    theirs = initializers(independent)
+    assert set(theirs) == set(values)
+    for name, value in theirs.items():
+        assert values_of(value).numpy().tobytes() == values[name].tobytes(), name
+        if name in slots:
+            value.const_value = external(value, "elsewhere", 0, value.const_value.nbytes)
+    path = tmp_path / "independent.onnx"
+    path.write_bytes(without_metadata(independent))
+    assert first_difference(path, classifier.exported.graphs["model"]) is None
+    assert path.stat().st_size > 1000
+
+
+def test_shared_weights_say_the_same_and_are_not_copied(classifier: Case) -> None:
+    inputs = {**tokens(2, 6), "token_type_ids": torch.zeros(2, 6, dtype=torch.long)}
+    shared = classifier.shared
+    assert shared.record.shared_share == 1
+    assert (shared.root / "model.onnx.data").stat().st_size == 0
+    assert_close(run(shared.graphs["model"], inputs)["logits"], _logits(classifier.model, **inputs))
+
+
+def test_float16_runs_on_the_cpu_and_says_so(classifier: Case) -> None:
+    inputs = {**tokens(2, 6), "token_type_ids": torch.zeros(2, 6, dtype=torch.long)}
+    half = classifier.half
+    assert [finding.code for finding in half.record.findings] == ["float16-casts"]
+    found, expected = run(half.graphs["model"], inputs)["logits"], _logits(classifier.model, **inputs)
+    assert found.dtype == torch.float16
+    assert_close(found, expected, tolerance=1e-2)
 
 
 def test_transformers_calls_a_single_graph_as_it_calls_the_model(classifier: Case) -> None:

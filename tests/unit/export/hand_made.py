@@ -85,6 +85,11 @@ class HandMaker:
     def companions(self, _: GraphTask) -> Mapping[str, bytes]:
         return {}
 
+    def settled(
+        self, companions: Mapping[str, bytes], _config: Mapping[str, Any], _generation: Mapping[str, Any]
+    ) -> Mapping[str, bytes]:
+        return companions
+
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)

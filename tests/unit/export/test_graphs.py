@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -189,6 +190,18 @@ def test_two_that_make_the_same_graph_at_once_both_get_it(tmp_path: Path) -> Non
         thread.join(timeout=60)
     assert [graphs.table for graphs in results] == [results[0].table] * 2
     assert [path.name for path in (cache_root() / "graphs").iterdir()] == [plan.blueprint.digest]
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_and_what_one_works_on_stays(tmp_path: Path) -> None:
+    folder = cache_root() / "graphs"
+    for name in (".making-dead", ".making-alive"):
+        (folder / name / "first").mkdir(parents=True)
+        (folder / name / "lock").touch()
+    with (folder / ".making-alive" / "lock").open("r+") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        plan = planned(checkpoint(tmp_path / "m"))
+        graph_of(plan.blueprint, plan.maker)
+    assert sorted(path.name for path in folder.iterdir()) == [".making-alive", plan.blueprint.digest]
 
 
 @pytest.mark.parametrize("name", ["graph.json", "binding_table.json", "model.onnx"])
