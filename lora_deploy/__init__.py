@@ -16,7 +16,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["__version__", "merge", "validate", "verify"]
+__all__ = ["__version__", "export", "merge", "validate", "verify"]
 
 __version__: str
 
@@ -42,6 +42,7 @@ class _Package(ModuleType):
     import system has set.
     """
 
+    export = _verb("export")
     merge = _verb("merge")
     validate = _verb("validate")
     verify = _verb("verify")

@@ -4,6 +4,7 @@
     validate  adapters, base ─▶ Binding
     plan      adapters, base ─▶ MergePlan                 nothing is written
     merge     adapters, base ─▶ Merged                    plan, then execute
+    export    merged folder, or adapters, base ─▶ Exported
     verify    merged folder ─▶ ReplayReport               require_pass turns its verdict into an exception
 
 ADAPTER is a folder, a file or a hub id; BASE a folder, a file or a hub id; a local path wins over a hub id of the same
@@ -13,7 +14,7 @@ name. Promise: no stage is skipped, none is run twice, and what a stage found is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -32,6 +33,13 @@ from lora_deploy.companions import companion_files
 from lora_deploy.errors import InconclusiveError, InputError, RecipeError, ReplayError
 from lora_deploy.evidence.replay import ReplayReport, replay
 from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.export.execute import Exported, execute_export
+from lora_deploy.export.execute import default_output as default_export
+from lora_deploy.export.generate import Answer, answer
+from lora_deploy.export.options import ExportOptions
+from lora_deploy.export.plan import ExportPlan, plan_export
+from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
+from lora_deploy.export.sources import CheckpointSource, PlanSource, WeightSource
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
 from lora_deploy.merge.compose import versions
@@ -46,15 +54,20 @@ from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding, BindOptions, bind
 
 __all__ = [
+    "answer_prompt",
     "base_artifacts",
+    "default_export",
     "default_output",
     "estimate",
     "execute",
+    "execute_export",
+    "export",
     "inspect",
     "is_done",
     "merge",
     "named_base",
     "plan",
+    "plan_of_export",
     "require_disk",
     "require_pass",
     "validate",
@@ -153,6 +166,105 @@ def merge(
         dequantize=dequantize,
     )
     return execute(planned, Path(output) if output is not None else default_output(planned), progress=progress)
+
+
+def plan_of_export(
+    folder: Reference | None = None,
+    *,
+    adapters: References = (),
+    base: Reference | None = None,
+    read_options: ReadOptions | None = None,
+    bind_options: BindOptions | None = None,
+    merge_options: MergeOptions | None = None,
+    export_options: ExportOptions | None = None,
+    dequantize: bool = False,
+) -> ExportPlan:
+    """Decide an export and write nothing; as ``export``.
+
+    Raises:
+        LoraDeployError: As ``export``.
+    """
+    options = export_options or ExportOptions()
+    source: WeightSource
+    if _several(adapters):
+        if folder is not None:
+            raise RecipeError(
+                f"{fspath(folder)}: found a merged folder and adapters, expected one of the two",
+                hint="leave MERGED out to export what the adapters make of their base",
+            )
+        merge_options = replace(merge_options or MergeOptions(), dtype=options.dtype or "base")
+        source = PlanSource(
+            plan(
+                adapters,
+                base=base,
+                read_options=read_options,
+                bind_options=bind_options,
+                merge_options=merge_options,
+                dequantize=dequantize,
+            )
+        )
+    elif base is not None:
+        raise RecipeError("--base without --adapter: an export needs both, or a merged folder", hint="pass --adapter")
+    else:
+        checkpoint = open_checkpoint(_merged_folder(folder))
+        source = CheckpointSource(checkpoint, companion_files((), checkpoint))
+    return plan_export(source, options)
+
+
+def export(  # noqa: PLR0913 - what merge takes, and what export takes
+    folder: Reference | None = None,
+    *,
+    adapters: References = (),
+    base: Reference | None = None,
+    output: Reference | None = None,
+    read_options: ReadOptions | None = None,
+    bind_options: BindOptions | None = None,
+    merge_options: MergeOptions | None = None,
+    export_options: ExportOptions | None = None,
+    dequantize: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Make ONNX graphs of a merged folder, or of adapters and their base without a merged checkpoint on disk.
+
+    Without a folder and without adapters it is the current folder, if that holds our record. ``output`` defaults to
+    ``<folder>/onnx``.
+
+    Raises:
+        ExportError: The graphs cannot be made, or their weights not be explained; or an option cannot be had.
+        LoraDeployError: As ``plan``.
+    """
+    planned = plan_of_export(
+        folder,
+        adapters=adapters,
+        base=base,
+        read_options=read_options,
+        bind_options=bind_options,
+        merge_options=merge_options,
+        export_options=export_options,
+        dequantize=dequantize,
+    )
+    out = Path(output) if output is not None else default_export(planned)
+    return execute_export(planned, out, progress=progress)
+
+
+def answer_prompt(
+    folder: Reference,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    is_raw: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Answer:
+    """Let the graphs in a folder, or in its folder ``onnx``, answer; ``say`` hears the text as it comes.
+
+    Raises:
+        InputError: There is no export.
+        ExportError: It is no decoder with a tokenizer.
+    """
+    root = Path(folder)
+    inner = root / "onnx"
+    root = inner if not (root / EXPORT_RECORD).is_file() and (inner / EXPORT_RECORD).is_file() else root
+    return answer(root, prompt, max_tokens=max_tokens, is_raw=is_raw, say=say)
 
 
 def verify(

@@ -17,9 +17,11 @@ import lora_deploy
 from lora_deploy import adapters, errors, updates
 from lora_deploy.registry import Entry
 
+makers = importlib.import_module("lora_deploy.export")
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_deploy"
-HEAVY = {"huggingface_hub", "numpy", "onnxruntime", "peft", "safetensors", "torch", "transformers"}
+HEAVY = {"huggingface_hub", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "torch", "transformers"}
 
 EXIT_CODES = {
     "RecipeError": 2,
@@ -64,13 +66,13 @@ def test_help_of_no_command_imports_a_tensor_library() -> None:
     assert done.returncode == 0, done.stderr
     assert "Usage: lora-deploy" in done.stdout
     imported: dict[str, list[str]] = json.loads(done.stderr)
-    assert {"", "inspect", "merge", "validate", "verify"} <= set(imported)
+    assert {"", "export", "inspect", "merge", "try", "validate", "verify"} <= set(imported)
     assert {command: heavy for command, modules in imported.items() if (heavy := HEAVY & set(modules))} == {}
 
 
 def test_the_package_and_its_registries_import_no_tensor_library() -> None:
     script = """
-import sys, lora_deploy, lora_deploy.adapters, lora_deploy.errors, lora_deploy.updates
+import sys, lora_deploy, lora_deploy.adapters, lora_deploy.errors, lora_deploy.export, lora_deploy.updates
 assert lora_deploy.__version__
 print(*sys.modules)
 """
@@ -175,16 +177,18 @@ def test_no_module_raises_a_bare_exception_class() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- registries
 
-REGISTRIES = [(adapters, adapters.READERS), (updates, updates.KINDS)]
+REGISTRIES = [(adapters, adapters.READERS), (updates, updates.KINDS), (makers, makers.GRAPH_MAKERS)]
 
 
 def _is_member(cls: type) -> bool:
-    """Whether a class is something a registry lists: a reader of a format, or a concrete kind of update."""
+    """Whether a class is something a registry lists: a reader, a graph maker, or a concrete kind of update."""
     update = importlib.import_module("lora_deploy.updates.interface").Update
-    return hasattr(cls, "recognises") or (issubclass(cls, update) and not cls.__abstractmethods__)
+    return (
+        hasattr(cls, "recognises") or hasattr(cls, "draw") or (issubclass(cls, update) and not cls.__abstractmethods__)
+    )
 
 
-@pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS"])
+@pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS", "GRAPH_MAKERS"])
 def test_every_reader_and_kind_is_registered_once(package: ModuleType, registry: tuple[Entry, ...]) -> None:
     names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
     modules = [importlib.import_module(name) for name in names if not name.endswith(".interface")]
@@ -197,7 +201,7 @@ def test_every_reader_and_kind_is_registered_once(package: ModuleType, registry:
     assert sorted(entry.path.partition(":")[0] for entry in registry) == sorted(defining)
 
 
-@pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS"])
+@pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS", "GRAPH_MAKERS"])
 def test_names_of_a_registry_are_unique_and_summaries_one_line(
     package: ModuleType, registry: tuple[Entry, ...]
 ) -> None:
@@ -211,6 +215,14 @@ def test_a_registered_reader_reads_the_format_it_is_registered_for(entry: Entry)
     assert reader.format == entry.name
     assert callable(reader.recognises)
     assert callable(reader.read)
+
+
+@pytest.mark.parametrize("entry", makers.GRAPH_MAKERS, ids=lambda entry: entry.name)
+def test_a_registered_graph_maker_has_the_name_it_is_registered_under(entry: Entry) -> None:
+    maker = entry.load()
+    assert maker.name == entry.name
+    assert maker.packages
+    assert callable(maker.draw)
 
 
 @pytest.mark.parametrize("entry", updates.KINDS, ids=lambda entry: entry.name)

@@ -15,9 +15,11 @@ from typing import Any
 
 import click
 
+from lora_deploy.cli.export import export
 from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
 from lora_deploy.cli.screen import Screen
+from lora_deploy.cli.try_prompt import try_prompt
 from lora_deploy.cli.validate import validate
 from lora_deploy.cli.verify import verify
 from lora_deploy.errors import LoraDeployError
@@ -62,7 +64,8 @@ class CommandLine(click.Group):
     cls=CommandLine,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Sizes are decimal (5GB), GiB is accepted. Exit status: 0 done, 2 usage, 3 unusable input, 4 adapter and "
-    "base do not fit, 5 merge failed, 7 verification failed, 10 could not be verified, 70 a bug, 130 interrupted.",
+    "base do not fit, 5 merge failed, 6 export failed, 7 verification failed, 10 could not be verified, 70 a bug, "
+    "130 interrupted.",
 )
 @click.version_option(package_name="lora-deploy", prog_name="lora-deploy")
 def main() -> None:
@@ -74,6 +77,7 @@ def main() -> None:
       lora-deploy validate runs/7 --base owner/name   whether it fits, every misfit at once
       lora-deploy merge    runs/7 --base owner/name   the merged checkpoint, in ./7-merged
       lora-deploy verify   7-merged                   replay it, byte by byte
+      lora-deploy export   7-merged --onnx            graphs for onnxruntime, in 7-merged/onnx
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
@@ -91,5 +95,5 @@ def run() -> None:
     os._exit(status)
 
 
-for _command in (inspect, validate, merge, verify):
+for _command in (inspect, validate, merge, export, try_prompt, verify):
     main.add_command(_command)

@@ -49,6 +49,12 @@ class Screen:
         if self.shows_text:
             click.echo(text)
 
+    def piece(self, text: str) -> None:
+        """Print text at once, as part of a line."""
+        if self.shows_text:
+            click.echo(text, nl=False)
+            sys.stdout.flush()
+
     def fields(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print names and values in two columns."""
         rows = list(rows)

@@ -16,6 +16,12 @@ OPTIONS = {
     | BIND
     | SHOWN
     | {"-o", "--output", "--dtype", "--device", "--tokenizer", "--max-shard-size", "--memory", "--dry-run", "--fresh"},
+    "export": READ
+    | BIND
+    | SHOWN
+    | {"--onnx", "-o", "--output", "--adapter", "--dtype", "--provider", "--weights", "--layout", "--maker"}
+    | {"--device", "--memory", "--dry-run", "--fresh"},
+    "try": SHOWN | {"--max-tokens", "--raw"},
     "verify": READ | BIND | SHOWN | {"--adapter", "--device", "--memory"},
 }
 

@@ -1,0 +1,167 @@
+"""Carry out an export: find or make the graphs, stream the weights, write the record, put the folder in place.
+
+Promise (law 6): ``OUT`` is either what it was before or the finished export. The same command finds a finished one by
+its digest and checks its files; another is refused without ``--fresh``, which replaces it only after success.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_deploy.artifact import Artifact, cached_sha256, remember_sha256
+from lora_deploy.checkpoint import read_json
+from lora_deploy.errors import ExportError, OutputExistsError
+from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
+from lora_deploy.export.plan import ExportPlan
+from lora_deploy.export.record import RECORD_NAME, SCHEMA, ExportRecord, compose, digest_of, read_record
+from lora_deploy.export.shared import Shared, share
+from lora_deploy.export.sources import CheckpointSource
+from lora_deploy.export.weights import write_weights
+from lora_deploy.merge.output import WORK_FOLDER, locked, publish, remove, tidy
+from lora_deploy.merge.progress import Progress
+from lora_deploy.merge.record import RecordedFile, RecordedFinding
+from lora_deploy.safetensors_file import write_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Exported:
+    """A finished export."""
+
+    root: Path
+    record: ExportRecord
+    was_done: bool = False
+    """Whether it was already there, complete and unchanged."""
+    was_cached: bool = True
+    """Whether the graphs were found in the cache."""
+
+    @property
+    def graphs(self) -> Mapping[str, Path]:
+        """Graph files by component."""
+        return {name: self.root / graph.file for name, graph in self.record.graphs.items()}
+
+
+def default_output(plan: ExportPlan) -> Path:
+    """Name the folder that an export goes to when nobody says."""
+    source = plan.source
+    if not isinstance(source, CheckpointSource):
+        raise ExportError("an export from adapter and base needs a place", hint="-o OUT")
+    return source.checkpoint.root if plan.options.storage == "shared" else source.checkpoint.root / "onnx"
+
+
+def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = None) -> Exported:
+    """Write an export to ``out``; a link there is followed.
+
+    Raises:
+        ExportError: The graphs cannot be made or bound.
+        OutputExistsError: Something else is at ``out``.
+        MergeError: A value cannot be merged, or a file cannot be written.
+    """
+    root, out = out, out.resolve()
+    identity = plan.identity(progress)
+    digest = digest_of(identity)
+    done = _find_done(out, digest, plan)
+    if done is not None:
+        return Exported(root=root, record=done, was_done=True)
+    graphs = graph_of(plan.blueprint, plan.maker, progress)
+    if plan.options.storage == "shared":
+        record = _write(plan, graphs, out, digest, identity, progress)
+        return Exported(root=root, record=record, was_cached=graphs.was_cached)
+    with locked(out) as partial:
+        for path in partial.iterdir():
+            if path.name != WORK_FOLDER:
+                remove(path)
+        record = _write(plan, graphs, partial, digest, identity, progress)
+        publish(partial, out)
+    for file in record.artifacts:
+        remember_sha256(out / file.path, file.sha256)
+    tidy(out)
+    return Exported(root=root, record=record, was_cached=graphs.was_cached)
+
+
+def _find_done(out: Path, digest: str, plan: ExportPlan) -> ExportRecord | None:
+    is_shared = plan.options.storage == "shared"
+    if is_shared and isinstance(plan.source, CheckpointSource) and out != plan.source.checkpoint.root.resolve():
+        raise ExportError(
+            f"{out}: onnxruntime reads shared weights only from the graph's own folder",
+            hint=f"-o {plan.source.checkpoint.root}",
+        )
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / RECORD_NAME).is_file():
+        if is_shared:
+            return None
+        raise OutputExistsError(f"{out}: exists and is no export of ours", hint="choose another -o")
+    record = read_record(out)
+    problem = "holds another export"
+    if record.digest == digest:
+        changed = next((file.path for file in record.artifacts if not _is_intact(out / file.path, file.sha256)), None)
+        if changed is None:
+            return record
+        problem = f"holds this export, but {changed} was changed or lost since"
+    if plan.options.fresh:
+        return None
+    raise OutputExistsError(f"{out}: {problem}", hint="choose another -o, or replace it with --fresh")
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and cached_sha256(path) == sha256
+
+
+def _write(
+    plan: ExportPlan,
+    graphs: GraphSet,
+    folder: Path,
+    digest: str,
+    identity: Mapping[str, Any],
+    progress: Progress | None,
+) -> ExportRecord:
+    """Write graphs, weights, travelling files and at last the record."""
+    shared = share(plan.source, graphs) if plan.options.storage == "shared" else Shared.nothing(graphs)
+    artifacts = write_weights(plan.source, graphs, shared.table, folder, progress)
+    for name, content in shared.graphs.items():
+        artifacts.append(write_file(folder / name, content, (), root=folder))
+    artifacts.append(write_file(folder / TABLE_NAME, shared.table.text().encode(), (), root=folder))
+    if plan.options.storage != "shared":
+        artifacts += _travelling(plan, graphs, folder)
+    record = ExportRecord(
+        schema=SCHEMA,
+        digest=digest,
+        blueprint=plan.blueprint.digest,
+        source=dict(identity["source"]),
+        options=plan.settings,
+        opset=graphs.opset,
+        graphs=dict(graphs.graphs),
+        binding_table=TABLE_NAME,
+        shared_share=shared.share,
+        versions=dict(graphs.versions),
+        findings=tuple(
+            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
+            for f in (*plan.findings, *graphs.findings)
+        ),
+        artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts)),
+    )
+    components = dict(graphs.metadata) if plan.options.layout == "transformers" else {}
+    write_file(folder / RECORD_NAME, compose(record, components).encode(), (), root=folder)
+    return record
+
+
+def _travelling(plan: ExportPlan, graphs: GraphSet, folder: Path) -> list[Artifact]:
+    """Configuration, tokenizer or processor, generation settings, and what belongs to the graph."""
+    config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"}
+    config["dtype"] = plan.dtype.long_name
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
+    for name, path in sorted(plan.source.companions.items()):
+        artifacts.append(write_file(folder / name, path.read_bytes(), (), root=folder))
+    generation = plan.source.companions.get("generation_config.json")
+    own = plan.maker.settled(
+        {name: (graphs.folder / name).read_bytes() for name in graphs.companions},
+        plan.source.config,
+        read_json(generation) if generation is not None else {},
+    )
+    return [*artifacts, *(write_file(folder / name, content, (), root=folder) for name, content in own.items())]

@@ -1,0 +1,30 @@
+"""What the user may choose about an export. No tensor library is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAKER_CHOICES = ("auto", "transformers", "genai")
+DTYPE_CHOICES = ("float32", "float16", "bfloat16")
+PROVIDER_CHOICES = ("cpu", "cuda")
+STORAGE_CHOICES = ("external", "shared")
+LAYOUT_CHOICES = ("transformers", "genai")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """Options of an export."""
+
+    dtype: str | None = None
+    """``float32``, ``float16`` or ``bfloat16``: what the graph computes in; None is the weights' own."""
+    provider: str = "cpu"
+    """``cpu`` or ``cuda``: whose kernels nodes are fused for."""
+    storage: str = "external"
+    """``external``: files of their own, laid out as the graph wants them; ``shared``: the merged safetensors files
+    themselves, where their layout allows."""
+    layout: str = "transformers"
+    """``transformers``: what its ``ExportedModel`` loads; ``genai``: what onnxruntime-genai loads."""
+    maker: str = "auto"
+    """Which graph maker; ``auto`` is the one that the layout needs."""
+    fresh: bool = False
+    """Replace another export at the output, after this one succeeded."""

@@ -1,0 +1,81 @@
+"""Inputs to trace a model with, at a chosen size: two sizes show which axes vary.
+
+Promise: masks hold a 0, because an exporter drops a mask that is all ones, and padded batches could then never run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_deploy.errors import ExportError
+
+_PIXELS, _FEATURES, _AUDIO = "pixel_values", "input_features", "input_values"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSize:
+    """How large a sample is."""
+
+    n_rows: int
+    """Batch."""
+    n_tokens: int
+    """Length of the text, and of the beginning of an answer."""
+
+
+def sample_inputs(model: Any, size: SampleSize, *, is_left_padded: bool) -> dict[str, Any]:  # noqa: ANN401
+    """Make inputs of a transformers model.
+
+    Raises:
+        ExportError: The model wants something that no sample is known for.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
+    if _PIXELS in parameters:
+        inputs[_PIXELS] = _pixels(model.config, size)
+    if _FEATURES in parameters:
+        inputs[_FEATURES] = _features(model.config, size)
+    if _AUDIO in parameters:
+        inputs[_AUDIO] = torch.randn(size.n_rows, 4000)
+    if "input_ids" in parameters:
+        inputs |= _text(model.config, size, parameters, is_left_padded=is_left_padded)
+    if not inputs:
+        raise ExportError(f"{type(model).__name__}: no sample is known for its inputs {', '.join(parameters)}")
+    return inputs
+
+
+def _text(config: Any, size: SampleSize, parameters: Mapping[str, Any], *, is_left_padded: bool) -> dict[str, Any]:  # noqa: ANN401
+    text = getattr(config, "text_config", None) or config
+    n_words = int(getattr(text, "vocab_size", 0) or 0)
+    if n_words < 4:
+        raise ExportError(f"vocab_size: found {n_words}, expected the number of tokens")
+    # Ids in the middle: the first and the last are special tokens that some models look for.
+    ids = torch.randint(n_words // 4, max(n_words // 4 + 1, n_words - n_words // 4), (size.n_rows, size.n_tokens))
+    mask = torch.ones_like(ids)
+    mask[0, 0 if is_left_padded else -1] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in parameters and int(getattr(text, "type_vocab_size", 0) or 0) > 1:
+        kinds = torch.zeros_like(ids)
+        kinds[:, size.n_tokens // 2 :] = 1
+        inputs["token_type_ids"] = kinds
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def _pixels(config: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401
+    vision = getattr(config, "vision_config", None) or config
+    edge = getattr(vision, "image_size", None)
+    if edge is None:
+        raise ExportError("image_size: the configuration does not say how large images are")
+    height, width = edge if isinstance(edge, list | tuple) else (edge, edge)
+    return torch.randn(size.n_rows, int(getattr(vision, "num_channels", 3)), int(height), int(width))
+
+
+def _features(config: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401
+    n_bins = int(getattr(config, "num_mel_bins", 80))
+    # Whisper's encoder halves the frames and has one position for each.
+    n_frames = 2 * int(getattr(config, "max_source_positions", 1500))
+    return torch.randn(size.n_rows, n_bins, n_frames)

@@ -1,0 +1,147 @@
+"""Where the weights of an export come from: a merged folder, or base and adapters straight from their plan.
+
+Promise: a tensor is given whole, in the order that is asked for, and no more than one is held at a time; from a plan,
+its values are those that merging would write (laws 1 to 3). No merged checkpoint is made on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lora_deploy.artifact import Artifact
+from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.errors import ExportError
+from lora_deploy.merge.budget import fit
+from lora_deploy.merge.identity import base_artifacts, identify
+from lora_deploy.merge.local import chosen_device, local_workers
+from lora_deploy.merge.plan import MergePlan, PlannedTensor
+from lora_deploy.merge.progress import Progress
+from lora_deploy.merge.shard import chunks
+from lora_deploy.names.index import NameIndex
+from lora_deploy.names.ties import ties_of
+from lora_deploy.rounding import torch_dtype
+from lora_deploy.tensors import TensorSpec
+
+
+class WeightSource(Protocol):
+    """Tensors of a model that is to be exported."""
+
+    name: str
+    """What to call it in messages."""
+    config: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec]
+    companions: Mapping[str, Path]
+    """Files that travel: name, and where from."""
+
+    def tensors(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Give tensors by name, whole, in their stored dtype and shape; a name may come twice."""
+        ...
+
+    def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
+        """Say what the weights are, by digests: JSON for the record."""
+        ...
+
+
+class CheckpointSource:
+    """A folder of merged weights."""
+
+    def __init__(self, checkpoint: Checkpoint, companions: Mapping[str, Path]) -> None:
+        """Read nothing yet."""
+        self.name = str(checkpoint.root)
+        self.config = checkpoint.config
+        self.specs = checkpoint.tensors
+        self.companions = companions
+        self.checkpoint = checkpoint
+
+    def tensors(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Map tensors of the files."""
+        return (mapped(self.checkpoint, name) for name in names)
+
+    def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
+        """Digest the weight files."""
+        return {"merged": [_file(artifact) for artifact in base_artifacts(self.checkpoint, progress)]}
+
+
+class PlanSource:
+    """A merge that is computed while it is exported."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Compute nothing yet."""
+        adapters = "+".join(adapter.name for adapter in plan.binding.adapters)
+        self.name = f"{adapters} on {plan.binding.checkpoint.ref.name}"
+        self.config: Mapping[str, Any] = plan.config
+        self.companions: Mapping[str, Path] = plan.companions
+        self._plan = plan
+        self._planned: dict[str, PlannedTensor] = {tensor.spec.name: tensor for tensor in plan.tensors}
+        self.specs: Mapping[str, TensorSpec] = {name: tensor.spec for name, tensor in self._planned.items()}
+
+    def tensors(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Compute tensors; the workers are already at the next while one is used.
+
+        Raises:
+            MergeError: A value cannot be merged or stored.
+        """
+        footprint, device = fit(self._plan), chosen_device(self._plan.options.device)
+        checkpoint = self._plan.binding.checkpoint
+        with local_workers(footprint.n_workers, footprint.n_ahead, device) as workers:
+            parts = (
+                chunk
+                for name in names
+                for chunk in chunks(self._planned[name], checkpoint, workers.device, footprint.chunk_elements)
+            )
+            buffer = bytearray()
+            for chunk, view, _ in workers.evaluate(parts):
+                spec = chunk.tensor.spec
+                if chunk.start == 0:
+                    buffer = bytearray(spec.n_bytes)
+                buffer[chunk.start : chunk.stop] = view
+                if chunk.stop == spec.n_bytes:
+                    yield torch.frombuffer(buffer, dtype=torch_dtype(spec.dtype)).view(spec.shape)
+
+    def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
+        """Digest base and adapters, and say with which options they are merged."""
+        return {"merge": identify(self._plan, progress)}
+
+
+def mapped(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Map a tensor of a checkpoint; nothing is copied."""
+    spec = checkpoint.tensors[name]
+    dtype = torch_dtype(spec.dtype)
+    if not spec.n_bytes:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(checkpoint.read(name), dtype=dtype).view(spec.shape)
+
+
+def equal_groups(source: WeightSource) -> list[tuple[str, ...]]:
+    """Find stored tensors that are one matrix under several names, such as a head beside the embedding it is tied to.
+
+    Only what the architecture may share is compared: nothing is made of equal values elsewhere.
+    """
+    index = NameIndex(source.specs, source.config)
+    groups: list[tuple[str, ...]] = []
+    for tie in ties_of(index, source.specs, source.config):
+        if tie.is_stored:
+            one, other = source.tensors([tie.source]), source.tensors([tie.member])
+            if torch.equal(next(one), next(other)):
+                groups.append((tie.source, tie.member))
+    return groups
+
+
+def require_tensors(source: WeightSource, names: Sequence[str]) -> None:
+    """Check that a table's tensors are there.
+
+    Raises:
+        ExportError: One is not.
+    """
+    missing = sorted(set(names) - set(source.specs))
+    if missing:
+        raise ExportError(f"{source.name}: lacks {len(missing)} tensors that the graph needs, first {missing[0]}")
+
+
+def _file(artifact: Artifact) -> dict[str, Any]:
+    return {"path": str(artifact.path), "n_bytes": artifact.n_bytes, "sha256": artifact.sha256}

@@ -1,0 +1,94 @@
+"""``--layout genai``: onnxruntime-genai loads the folder, and generates what the merged model generates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+import pytest
+import torch
+from peft import LoraConfig
+
+from lora_deploy.errors import ExportError
+from lora_deploy.export.execute import Exported
+from lora_deploy.export.options import ExportOptions
+from lora_deploy.merge.options import MergeOptions
+from lora_deploy.pipeline import export, merge
+from tests.parity.exports import contents, export_with, reloaded
+from tests.peer.models import llama
+from tests.peer.trained import MEMORY_BYTES, Trained, train
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    model = llama(hidden_size=32, head_dim=16, tie_word_embeddings=True, max_position_embeddings=64)
+    model.generation_config.eos_token_id = [2, 5]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    return train(model, config, tmp_path_factory.mktemp("genai"))
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("genai-merged") / "merged"
+    options = MergeOptions(dtype="float32", n_workers=1, memory_bytes=MEMORY_BYTES)
+    merge(trained.adapter, base=trained.base, output=folder, merge_options=options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(merged: Path) -> Exported:
+    return export_with(merged, layout="genai")
+
+
+@pytest.fixture(scope="module")
+def base(trained: Trained, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    out = tmp_path_factory.mktemp("genai-base") / "base"
+    return export(trained.base, output=out, export_options=exported_options())
+
+
+def test_onnxruntime_genai_generates_what_the_merged_model_generates(exported: Exported, merged: Path) -> None:
+    prompt = [7, 11, 23, 9, 30]
+    model = og.Model(str(exported.root))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=20, min_length=20, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(map(int, generator.get_sequence(0)))
+    torch_model = reloaded(merged)
+    ids = torch.tensor([prompt])
+    expected = torch_model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_length=20, min_length=20, do_sample=False, pad_token_id=0
+    )[0].tolist()
+    assert found == expected
+
+
+def test_the_models_own_special_tokens_are_in_its_configuration(exported: Exported) -> None:
+    model = json.loads((exported.root / "genai_config.json").read_text())["model"]
+    assert model["eos_token_id"] == [2, 5]
+    assert model["pad_token_id"] == 2
+
+
+def test_the_graph_is_the_bases_here_too(exported: Exported, base: Exported) -> None:
+    assert base.was_cached
+    assert contents(base.root, "*.onnx") == contents(exported.root, "*.onnx")
+    assert contents(base.root, "*.data") != contents(exported.root, "*.data")
+
+
+def test_float16_on_the_cpu_is_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="cannot generate in float16 on the CPU"):
+        export(
+            adapters=trained.adapter,
+            base=trained.base,
+            output=tmp_path / "half",
+            export_options=exported_options(dtype="float16"),
+        )
+
+
+def exported_options(**options: Any) -> ExportOptions:
+    return ExportOptions(layout="genai", **options)

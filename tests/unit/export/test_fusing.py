@@ -1,0 +1,122 @@
+"""A fused graph that does not run, or says something else, is not used, and the export says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import pytest
+import torch
+from torch import nn
+
+from lora_deploy.export import transformers as maker
+from lora_deploy.export.interface import GraphTask
+from lora_deploy.export.stages import Stage
+from lora_deploy.export.trial import expected_outputs, fault_of
+from lora_deploy.tensors import DType
+from tests.unit.export.hand_made import expected, plain, weights
+
+TENSORS = weights()
+
+
+class Model(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": expected(TENSORS, x)}
+
+
+@pytest.fixture
+def stage() -> Stage:
+    inputs, others = {"x": torch.randn(2, 8)}, {"x": torch.randn(5, 8)}
+    return Stage(component="model", module=Model(), inputs=inputs, others=others)
+
+
+def _task(provider: str = "cpu", *, is_stored: bool = False) -> GraphTask:
+    folders = (Path("first"), Path("second"))
+    return GraphTask(checkpoints=folders, dtype=DType.F32, provider=provider, is_stored=is_stored)
+
+
+def _drawn() -> Any:
+    return onnx_ir.serde.deserialize_model(plain(TENSORS))
+
+
+def _fused(stage: Stage, monkeypatch: pytest.MonkeyPatch, fuse: Any, task: GraphTask) -> tuple[Any, bool, list[str]]:
+    monkeypatch.setattr(maker, "_fuse", fuse)
+    model, is_fused, findings = maker._fused(task, stage, _drawn(), expected_outputs(stage.module, stage.others))
+    return model, is_fused, [finding.message for finding in findings]
+
+
+def _operators(model: Any) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def _drop_one(model: Any, _: str) -> None:
+    """A sound fusion: the multiplication by one goes."""
+    node = next(node for node in model.graph if node.outputs[0].name == "m")
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
+    model.graph.remove(node)
+
+
+def _unknown_operator(model: Any, _: str) -> None:
+    next(node for node in model.graph if node.op_type == "Mul").op_type = "FusedMul"
+
+
+def _wrong(model: Any, _: str) -> None:
+    next(node for node in model.graph if node.op_type == "Mul").op_type = "Add"
+
+
+def _raise(_model: Any, _provider: str) -> None:
+    raise TypeError("no such pattern")
+
+
+def test_a_sound_fusion_is_used(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, is_fused, said = _fused(stage, monkeypatch, _drop_one, _task())
+    assert (is_fused, said) == (True, [])
+    assert _operators(model) == ["MatMul", "Mul", "MatMul"]
+
+
+@pytest.mark.parametrize(
+    ("fuse", "reason"),
+    [
+        (_unknown_operator, "onnxruntime: "),
+        (_wrong, "output y differs from the model's by"),
+        (_raise, "TypeError: no such pattern"),
+    ],
+)
+def test_a_fusion_that_fails_leaves_the_graph_unfused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, fuse: Any, reason: str
+) -> None:
+    model, is_fused, said = _fused(stage, monkeypatch, fuse, _task())
+    assert not is_fused
+    assert _operators(model) == _operators(_drawn())
+    assert len(said) == 1
+    assert said[0].startswith("the graph fused for cpu fails (")
+    assert reason in said[0]
+    assert fault_of(model, stage.others, expected_outputs(stage.module, stage.others), DType.F32) is None
+
+
+def test_what_cannot_be_run_here_is_said_to_be_untried(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, is_fused, said = _fused(stage, monkeypatch, _wrong, _task("cuda"))
+    assert is_fused
+    assert said == ["the graph was not run: only --provider cpu is tried here, not cuda"]
+
+
+def test_weights_in_the_checkpoints_own_layout_are_never_fused(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, is_fused, said = _fused(stage, monkeypatch, _raise, _task(is_stored=True))
+    assert (is_fused, said) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fault"),
+    [
+        ({"y": torch.zeros(5, 8)}, "output y differs from the model's by"),
+        ({"y": torch.zeros(4, 8)}, "output y has shape (5, 8), the model's has (4, 8)"),
+        ({"z": torch.zeros(5, 8)}, "output y is none of the model's"),
+    ],
+)
+def test_a_graph_that_is_not_the_model_is_told_from_it(
+    stage: Stage, outputs: dict[str, torch.Tensor], fault: str
+) -> None:
+    found = fault_of(_drawn(), stage.others, outputs, DType.F32)
+    assert found is not None
+    assert found.startswith(fault)
