@@ -16,7 +16,20 @@ OPTIONS = {
     | BIND
     | SHOWN
     | {"-o", "--output", "--dtype", "--device", "--tokenizer", "--max-shard-size", "--memory", "--dry-run", "--fresh"},
-    "verify": READ | BIND | SHOWN | {"--adapter", "--device", "--memory"},
+    "verify": READ
+    | BIND
+    | SHOWN
+    | {
+        "--adapter",
+        "--device",
+        "--memory",
+        "--only",
+        "--skip",
+        "--probes",
+        "--provider",
+        "--latency-bound",
+        "--seconds",
+    },
 }
 
 
