@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lora_deploy.errors import EvidenceError
 from lora_deploy.evidence.probe import Probe, positions
 
 Outputs: TypeAlias = "Mapping[str, Mapping[str, Tensor]]"
@@ -26,15 +27,25 @@ _NOT_COMPARED = frozenset({"loss", "past_key_values", "hidden_states", "attentio
 
 @torch.inference_mode()
 def run_probes(model: nn.Module, probes: Sequence[Probe], *, greedy: bool = True) -> dict[str, dict[str, Tensor]]:
-    """Run every probe once, and continue those that say so."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for probe in probes:
+    """Run every probe once, and continue those that say so.
+
+    Raises:
+        EvidenceError: The model does not take a probe.
+    """
+    return {probe.name: _run(model, probe, greedy=greedy) for probe in probes}
+
+
+def _run(model: nn.Module, probe: Probe, *, greedy: bool) -> dict[str, Tensor]:
+    try:
         with quiet_peers():
             output = model(**_typed(probe.inputs, model), return_dict=True)
-        found[probe.name] = {name: rows_of(probe, value) for name, value in tensors_in(output)}
-        if greedy and probe.n_new_tokens and LOGITS in found[probe.name]:
-            tokens, margins = _continue(model, probe)
-            found[probe.name] |= {TOKENS: tokens, MARGINS: margins}
+            found = {name: rows_of(probe, value) for name, value in tensors_in(output)}
+            if greedy and probe.n_new_tokens and LOGITS in found:
+                tokens, margins = _continue(model, probe)
+                found |= {TOKENS: tokens, MARGINS: margins}
+    except Exception as error:  # the model's own code may raise anything
+        problem = f"{type(error).__name__}: {error}"
+        raise EvidenceError(f"{type(model).__name__} does not run on {probe.description}: {problem}") from error
     return found
 
 
@@ -76,8 +87,7 @@ def _continue(model: nn.Module, probe: Probe) -> tuple[Tensor, Tensor]:
     mask = inputs["attention_mask"]
     tokens, margins, cache = [], [], None
     for _ in range(probe.n_new_tokens):
-        with quiet_peers():
-            output = model(**inputs, use_cache=True, return_dict=True, past_key_values=cache)
+        output = model(**inputs, use_cache=True, return_dict=True, past_key_values=cache)
         best = output.logits[0, -1].float().topk(2)
         tokens.append(best.indices[:1])
         margins.append(best.values[0] - best.values[1])

@@ -20,7 +20,7 @@ from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.architecture import Absence, Architecture, find_architecture
 from lora_deploy.evidence.chanced import DTypes
 from lora_deploy.evidence.divergence import compare_outputs, join
-from lora_deploy.evidence.forward import MARGINS, TOKENS
+from lora_deploy.evidence.forward import LOGITS, MARGINS, TOKENS
 from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import Greedy, ParityReport, SubjectReport
@@ -32,9 +32,6 @@ from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.merge.budget import available_bytes
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
-
-_CLEAR_LEAD = 10.0
-"""A greedy choice may turn where its lead is at most this many times the largest error of any logit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +172,7 @@ def compare_subject(
     except EvidenceError as error:
         return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts=facts)
     overall = join(by_probe)
-    greedy = _greedy(outputs, reference, max((entry.max_abs for entry in overall), default=0.0))
+    greedy = _greedy(outputs, reference, tolerances)
     reasons = [
         f"{entry.output}: {entry.measure} is {entry.mean:.2g} on average and {entry.largest:.2g} at most, "
         f"allowed are {bound.mean:.2g} and {bound.largest:.2g}"
@@ -200,7 +197,7 @@ def compare_subject(
 
 
 def _greedy(
-    outputs: Mapping[str, Mapping[str, Tensor]], reference: ReferenceRun, largest_error: float
+    outputs: Mapping[str, Mapping[str, Tensor]], reference: ReferenceRun, tolerances: Mapping[str, Tolerance]
 ) -> tuple[Greedy, ...]:
     found = []
     for probe, values in outputs.items():
@@ -216,7 +213,7 @@ def _greedy(
                 n_tokens=len(tokens),
                 first_difference=first,
                 margin=margin,
-                allowed=_CLEAR_LEAD * largest_error,
+                allowed=tolerances[LOGITS].clear_lead,
             )
         )
     return tuple(found)

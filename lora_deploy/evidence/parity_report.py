@@ -23,7 +23,7 @@ class Greedy:
     margin: float | None
     """How far the reference's best token led its second there, in logits."""
     allowed: float
-    """A lead up to this may turn: ten times the largest error of any logit."""
+    """A lead up to this may turn: ten times the largest difference that rounding makes to any logit."""
 
     @property
     def verdict(self) -> Verdict:

@@ -65,8 +65,7 @@ def make_probes(config: Mapping[str, Any], architecture: Architecture, seed: int
         )
     if architecture.main_input in {"input_features", "input_values"}:
         return tuple(_speech(config, architecture, n, generator) for n in (1, 2))
-    longest = min(LONG, _n_positions(config) - N_NEW_TOKENS) if architecture.is_decoder else LONG
-    longest = max(2, min(longest, _n_positions(config)))
+    longest = _longest(config, architecture, LONG)
     short = min(SHORT, longest)
     rows = {
         f"{short} tokens": [short],
@@ -103,7 +102,17 @@ def _text_probe(
     if architecture.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1) if mask.all() else ids[:, : max(1, width // 2)]
     is_greedy = architecture.is_decoder and len(rows) == 1
-    return Probe(name=name, inputs=inputs, n_new_tokens=N_NEW_TOKENS if is_greedy else 0)
+    return Probe(name=name, inputs=inputs, n_new_tokens=_n_new_tokens(config) if is_greedy else 0)
+
+
+def _n_new_tokens(config: Mapping[str, Any]) -> int:
+    return min(N_NEW_TOKENS, _n_positions(config) // 2)
+
+
+def _longest(config: Mapping[str, Any], architecture: Architecture, wanted: int) -> int:
+    """Leave room for the continuation where there is one."""
+    room = _n_positions(config) - (_n_new_tokens(config) if architecture.is_decoder else 0)
+    return max(1, min(wanted, room))
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -184,7 +193,7 @@ def read_probes(path: Path, folder: Path, config: Mapping[str, Any], architectur
             ids = _checked_ids(tokenize[0](entry["prompt"])["input_ids"], where, _size(config, "vocab_size"))
         else:
             raise InputError(f"{where}: found keys {sorted(entry)}, expected prompt (a text) or input_ids (a list)")
-        row = torch.tensor(ids[: min(_MAX_USER_TOKENS, _n_positions(config) - N_NEW_TOKENS)])
+        row = torch.tensor(ids[: _longest(config, architecture, _MAX_USER_TOKENS)])
         probes.append(_text_probe(f"{path.name}:{number}", [row], config, architecture))
     if not probes:
         raise InputError(f"{path}: holds no probe", hint='a line is {"prompt": "…"} or {"input_ids": [1, 2]}')

@@ -24,7 +24,7 @@ from torch import Tensor
 from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.probe import Probe
 
-_DOES_NOT_LOAD = 3
+_DOES_NOT_RUN = 3
 _SEPARATOR = "\t"
 
 
@@ -45,7 +45,7 @@ def run_reloaded(folder: Path, architecture: str, probes: Sequence[Probe]) -> Re
     """Load a folder in a fresh process and run the probes there.
 
     Raises:
-        EvidenceError: transformers does not load the folder.
+        EvidenceError: transformers does not load the folder, or the model does not run.
         InconclusiveError: The process ended for another reason (memory).
     """
     with tempfile.TemporaryDirectory(prefix="lora-deploy-") as made:
@@ -53,7 +53,7 @@ def run_reloaded(folder: Path, architecture: str, probes: Sequence[Probe]) -> Re
         write_probes(exchange / "probes.safetensors", probes)
         command = [sys.executable, "-m", __name__, str(folder), architecture, made, str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this very module
-        if done.returncode == _DOES_NOT_LOAD:
+        if done.returncode == _DOES_NOT_RUN:
             raise EvidenceError(done.stderr.strip().splitlines()[-1])
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -100,11 +100,11 @@ def main(folder: Path, architecture: str, exchange: Path, n_threads: int) -> int
     started = time.monotonic()
     try:
         model, missing = load_model(folder, architecture)
+        loaded = time.monotonic()
+        outputs = run_probes(model, probes)
     except EvidenceError as error:
         print(" ".join(error.message.split()), file=sys.stderr)  # noqa: T201 - how the child answers
-        return _DOES_NOT_LOAD
-    loaded = time.monotonic()
-    outputs = run_probes(model, probes)
+        return _DOES_NOT_RUN
     facts = _Facts(
         missing=sorted(missing),
         load_seconds=loaded - started,

@@ -25,6 +25,8 @@ from lora_deploy.evidence.divergence import Divergence
 MULTIPLE = 4.0
 POWER = 10.0
 N_SEEDS = 3
+CLEAR_LEAD = 10.0
+"""A greedy choice may turn where it leads by at most this many times the largest difference that the floors show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class Share:
     """Mean divergence."""
     largest: float
     """Divergence of the worst position."""
+    max_abs: float
+    """Largest difference of any value: what greedy choices may turn on."""
     source: str
     """How it was measured."""
 
@@ -56,6 +60,11 @@ class Tolerance:
     def largest(self) -> float:
         """Largest divergence of any position that passes."""
         return MULTIPLE * sum(share.largest for share in self.shares)
+
+    @property
+    def clear_lead(self) -> float:
+        """Lead beyond which the best of several classes stays the best."""
+        return CLEAR_LEAD * sum(share.max_abs for share in self.shares)
 
     def allows(self, found: Divergence) -> bool:
         """Whether a subject's output is near enough."""
@@ -127,6 +136,7 @@ def merge_share(runs: Sequence[Sequence[Divergence]], dtype: str) -> dict[str, S
                 name="merge",
                 mean=max(divergence.mean, before.mean if before else 0.0),
                 largest=max(divergence.largest, before.largest if before else 0.0),
+                max_abs=max(divergence.max_abs, before.max_abs if before else 0.0),
                 source=f"unmerged against weights rounded by chance to {dtype}, {len(runs)} seeds",
             )
     return found
