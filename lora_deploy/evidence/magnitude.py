@@ -106,7 +106,7 @@ class _Recorder:
 def _tensors(value: Any) -> Iterator[Tensor]:  # noqa: ANN401 - nested as modules please
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():
-            yield value
+            yield value.detach()
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if not any(part in str(key) for part in _NO_VALUES):
