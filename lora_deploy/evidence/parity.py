@@ -13,20 +13,18 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from torch import Tensor
-
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.architecture import Absence, Architecture, find_architecture
 from lora_deploy.evidence.chanced import DTypes
-from lora_deploy.evidence.divergence import compare_outputs, join
-from lora_deploy.evidence.forward import LOGITS, MARGINS, TOKENS
+from lora_deploy.evidence.graph_parity import Graphs, graph_subjects, run_all
 from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.outcome import NotApplicable
-from lora_deploy.evidence.parity_report import Greedy, ParityReport, SubjectReport
+from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
 from lora_deploy.evidence.probe import SEED, Probe, make_probes, read_probes
 from lora_deploy.evidence.reference_run import N_PASSES, ReferenceRun, needed_bytes, run_reference
 from lora_deploy.evidence.reload import run_reloaded
+from lora_deploy.evidence.subject import compare_subject
 from lora_deploy.evidence.tolerance import Power, Share, Tolerance, merge_share
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.merge.budget import available_bytes
@@ -47,6 +45,7 @@ def check_parity(
     merged: Checkpoint,
     options: ParityOptions | None = None,
     *,
+    graphs: Graphs | None = None,
     progress: Progress | None = None,
 ) -> ParityReport | NotApplicable:
     """Compare a merged checkpoint with the unmerged model.
@@ -70,7 +69,7 @@ def check_parity(
             "the replay of its weights is what proves this merge; --skip parity says that it is enough",
         )
     with reporting(progress, "measuring parity", (N_PASSES + 1) * plan.n_bytes) as advance:
-        report = _measure(plan, merged, architecture, probes, advance)
+        report = _measure(plan, merged, architecture, probes, graphs, advance)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -79,26 +78,31 @@ def _measure(
     merged: Checkpoint,
     architecture: Architecture,
     probes: Sequence[Probe],
+    graphs: Graphs | None,
     advance: Callable[[int], None],
 ) -> ParityReport:
     adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
     dtypes = DTypes.of(merged.tensors, adapted)
+    runs = run_all(graphs, probes) if graphs is not None else None
+    graph_dtype = runs.dtype if runs is not None else None
     try:
-        reference = run_reference(plan, architecture, probes, dtypes, advance)
+        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtype=graph_dtype)
     except EvidenceError as error:
         return _unmeasured(f"the base cannot be run: {error.message}", "")
     if isinstance(reference, Absence):
         return _unmeasured(reference.reason, reference.hint)
     shares = merge_share(reference.roundings, dtypes.usual.long_name)
-    subject = _reloaded(merged, architecture, probes, reference, shares)
+    subjects = [_reloaded(merged, architecture, probes, reference, shares)]
     advance(plan.n_bytes)
-    power = _power(reference, shares)
+    if runs is not None:
+        subjects += graph_subjects(runs, probes, reference, shares)
+    power = _power(reference, subjects)
     report = ParityReport(
         verdict=Verdict.PASS,
         reference=f"{architecture.name}, float32, {reference.source}",
         is_independent=reference.is_independent,
         dtype=dtypes.usual.long_name,
-        subjects=(subject,),
+        subjects=tuple(subjects),
         power=power,
         effect=reference.effect,
         magnitudes=reference.magnitudes,
@@ -120,14 +124,14 @@ def judged(report: ParityReport) -> ParityReport:
     if report.magnitudes is not None and report.magnitudes.verdict is Verdict.FAIL:
         hint = "merge with --dtype bfloat16 or --dtype base"
         return replace(report, verdict=Verdict.FAIL, reason=report.magnitudes.warning, hint=hint)
+    if open_ones:
+        reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in open_ones)
+        return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reasons)
     if not any(power.is_enough for power in report.power):
         best = max((power.ratio for power in report.power), default=0.0)
         reason = f"the adapter's effect is {best:.2g} times the tolerance: a missing adapter would hardly have shown"
         hint = "give --probes that the adapter was trained for, or merge with a finer --dtype"
         return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reason, hint=hint)
-    if open_ones:
-        reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in open_ones)
-        return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reasons)
     return replace(report, verdict=Verdict.PASS)
 
 
@@ -156,77 +160,18 @@ def _reloaded(
         reason = f"{len(lost)} parameters are missing, first {lost[0]}"
         return SubjectReport(name=name, verdict=Verdict.FAIL, reason=reason, by_probe={}, facts=facts)
     tolerances = {output: Tolerance(output=output, shares=(share,)) for output, share in shares.items()}
-    return compare_subject(name, found.outputs, reference, tolerances, facts)
+    return compare_subject(name, found.outputs, reference.outputs, tolerances, facts)
 
 
-def compare_subject(
-    name: str,
-    outputs: Mapping[str, Mapping[str, Tensor]],
-    reference: ReferenceRun,
-    tolerances: Mapping[str, Tolerance],
-    facts: Mapping[str, object],
-) -> SubjectReport:
-    """Judge a subject's outputs: every output within its tolerance, no greedy token turned at a clear lead."""
-    try:
-        by_probe = compare_outputs(reference.outputs, outputs)
-    except EvidenceError as error:
-        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts=facts)
-    overall = join(by_probe)
-    greedy = _greedy(outputs, reference, tolerances)
-    reasons = [
-        f"{entry.output}: {entry.measure} is {entry.mean:.2g} on average and {entry.largest:.2g} at most, "
-        f"allowed are {bound.mean:.2g} and {bound.largest:.2g}"
-        for entry in overall
-        if not (bound := tolerances[entry.output]).allows(entry)
-    ]
-    reasons += [
-        f"{entry.probe}: greedy token {entry.first_difference} is another, at a lead of {entry.margin:.2g}"
-        for entry in greedy
-        if entry.verdict is Verdict.FAIL
-    ]
-    return SubjectReport(
-        name=name,
-        verdict=Verdict.FAIL if reasons else Verdict.PASS if overall or greedy else Verdict.INCONCLUSIVE,
-        reason="; ".join(reasons) if reasons or overall or greedy else "gives no output that could be compared",
-        tolerances=tuple(tolerances[entry.output] for entry in overall),
-        overall=overall,
-        by_probe=by_probe,
-        greedy=greedy,
-        facts=facts,
-    )
-
-
-def _greedy(
-    outputs: Mapping[str, Mapping[str, Tensor]], reference: ReferenceRun, tolerances: Mapping[str, Tolerance]
-) -> tuple[Greedy, ...]:
-    found = []
-    for probe, values in outputs.items():
-        if TOKENS not in values or TOKENS not in reference.outputs[probe]:
-            continue
-        expected, tokens = reference.outputs[probe][TOKENS], values[TOKENS]
-        different = (expected[: len(tokens)] != tokens).nonzero()
-        first = int(different[0]) if len(different) else None
-        margin = float(reference.outputs[probe][MARGINS][first]) if first is not None else None
-        found.append(
-            Greedy(
-                probe=probe,
-                n_tokens=len(tokens),
-                first_difference=first,
-                margin=margin,
-                allowed=tolerances[LOGITS].clear_lead,
-            )
-        )
-    return tuple(found)
-
-
-def _power(reference: ReferenceRun, shares: Mapping[str, Share]) -> tuple[Power, ...]:
+def _power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[Power, ...]:
+    """Effect by the widest tolerance that any subject was judged with."""
+    widest: dict[str, float] = {}
+    for bound in (bound for subject in subjects for bound in subject.tolerances):
+        widest[bound.output] = max(bound.mean, widest.get(bound.output, 0.0))
     return tuple(
-        Power(
-            output=entry.output,
-            effect=entry.mean,
-            tolerance=Tolerance(output=entry.output, shares=(shares[entry.output],)).mean,
-        )
+        Power(output=entry.output, effect=entry.mean, tolerance=widest[entry.output])
         for entry in reference.effect
+        if entry.output in widest
     )
 
 

@@ -70,7 +70,7 @@ def make_probes(config: Mapping[str, Any], architecture: Architecture, seed: int
     rows = {
         f"{short} tokens": [short],
         f"{longest} tokens": [longest],
-        f"{_BATCH} padded rows": [longest, max(1, longest * 2 // 3), max(1, longest // 3), 1 + longest // 16],
+        f"{_BATCH} padded rows": [longest, max(1, longest * 2 // 3), max(1, longest // 3), min(longest, SHORT)],
     }
     probes = []
     for name, lengths in rows.items():

@@ -36,6 +36,10 @@ class ReferenceRun:
     outputs: Mapping[str, Mapping[str, Tensor]]
     effect: tuple[Divergence, ...]
     """Unmerged against base, by output."""
+    base: Mapping[str, Mapping[str, Tensor]]
+    """The base's outputs, its weights rounded once to the format of the graphs; empty where none is compared."""
+    arithmetic: tuple[Divergence, ...]
+    """The base in float32 against float64: what adding in another order may do; empty where no graph is compared."""
     roundings: tuple[tuple[Divergence, ...], ...]
     """Unmerged against weights rounded by chance, by seed and output."""
     magnitudes: RangeReport
@@ -51,8 +55,10 @@ def run_reference(
     probes: Sequence[Probe],
     dtypes: DTypes,
     advance: Callable[[int], None],
+    *,
+    graph_dtype: torch.dtype | None = None,
 ) -> ReferenceRun | Absence:
-    """Run the base, the unmerged model and its roundings.
+    """Run the base, the unmerged model and its roundings; with a graph's format, what its export share needs.
 
     Raises:
         EvidenceError: The base does not load.
@@ -63,6 +69,7 @@ def run_reference(
         model, missing = load_model(folder, architecture.name, **_settings(plan))
     _resize(model, plan)
     base = run_probes(model, probes, greedy=False)
+    stored, arithmetic = _for_graphs(model, probes, base, graph_dtype)
     advance(n_bytes)
     with unmerged(model, plan) as found:
         if isinstance(found, Absence):
@@ -79,12 +86,36 @@ def run_reference(
     return ReferenceRun(
         outputs=outputs,
         effect=effect,
+        base=stored,
+        arithmetic=arithmetic,
         roundings=tuple(roundings),
         magnitudes=summarise(magnitudes, applies=dtypes.usual is DType.F16),
         source=found.source,
         is_independent=found.is_independent,
         missing=missing,
     )
+
+
+def _for_graphs(
+    model: nn.Module,
+    probes: Sequence[Probe],
+    base: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype | None,
+) -> tuple[Mapping[str, Mapping[str, Tensor]], tuple[Divergence, ...]]:
+    """Run the base at the weights that a graph stores, and in float64; the model is float32 as before."""
+    if dtype is None:
+        return {}, ()
+    arithmetic = join(compare_outputs(run_probes(model.double(), probes, greedy=False), base))
+    model.float()
+    if dtype is torch.float32:
+        return base, arithmetic
+    saved = {name: parameter.data for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    stored = run_probes(model, probes, greedy=False)
+    for name, parameter in model.named_parameters():
+        parameter.data = saved[name]
+    return stored, arithmetic
 
 
 def _rounding(

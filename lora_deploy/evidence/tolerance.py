@@ -140,3 +140,11 @@ def merge_share(runs: Sequence[Sequence[Divergence]], dtype: str) -> dict[str, S
                 source=f"unmerged against weights rounded by chance to {dtype}, {len(runs)} seeds",
             )
     return found
+
+
+def single_share(name: str, run: Sequence[Divergence], source: str) -> dict[str, Share]:
+    """Take one comparison as a share, by output."""
+    return {
+        entry.output: Share(name=name, mean=entry.mean, largest=entry.largest, max_abs=entry.max_abs, source=source)
+        for entry in run
+    }

@@ -37,11 +37,11 @@ def test_decoders_are_padded_on_the_left_and_count_positions_from_the_first_real
     probe = make_probes(CONFIG, architecture())[-1]
     mask, ids = probe.inputs["attention_mask"], probe.inputs["input_ids"]
     assert mask.shape == (4, 48)
-    assert mask.sum(dim=1).tolist() == [48, 32, 16, 4]
+    assert mask.sum(dim=1).tolist() == [48, 32, 16, 5]
     assert bool((mask.diff(dim=1) >= 0).all())
     assert bool((ids[mask == 0] == 3).all())
     assert torch.equal(probe.inputs["position_ids"], positions(mask))
-    assert probe.inputs["position_ids"][3, -4:].tolist() == [0, 1, 2, 3]
+    assert probe.inputs["position_ids"][3, -5:].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_encoders_are_padded_on_the_right_and_continue_nothing() -> None:
