@@ -5,6 +5,7 @@
     plan      adapters, base ─▶ MergePlan                 nothing is written
     merge     adapters, base ─▶ Merged                    plan, then execute
     verify    merged folder ─▶ Evidence                   require_pass turns its verdict into an exception
+    bench     exported folders ─▶ LatencyReport
 
 ADAPTER is a folder, a file or a hub id; BASE a folder, a file or a hub id; a local path wins over a hub id of the same
 name. Promise: no stage is skipped, none is run twice, and what a stage found is returned even where it is bad news.
@@ -37,6 +38,7 @@ from lora_deploy.errors import (
     RecipeError,
     ReplayError,
 )
+from lora_deploy.evidence.bench import bench
 from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.gather import gather
 from lora_deploy.evidence.options import VerifyOptions
@@ -57,6 +59,7 @@ from lora_deploy.validate import Binding, BindOptions, bind
 
 __all__ = [
     "base_artifacts",
+    "bench",
     "default_output",
     "estimate",
     "execute",

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lora_deploy.cli.bench import bench
 from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
 from lora_deploy.cli.screen import Screen
@@ -69,9 +70,10 @@ def main() -> None:
       lora-deploy inspect  runs/7                     what the adapter holds
       lora-deploy validate runs/7 --base owner/name   whether it fits, every misfit at once
       lora-deploy merge    runs/7 --base owner/name   the merged checkpoint, in ./7-merged
-      lora-deploy verify   7-merged                   replay it, byte by byte
+      lora-deploy verify   7-merged                   its bytes and its answers, proven
+      lora-deploy bench    7-merged                   how fast its graphs are
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
-for _command in (inspect, validate, merge, verify):
+for _command in (inspect, validate, merge, verify, bench):
     main.add_command(_command)

@@ -26,6 +26,8 @@ def show_evidence(screen: Screen, found: Evidence, folder: Path) -> None:
         reason = "" if said["verdict"] == "pass" else str(said.get("reason", ""))
         rows.append((check.value, f"{said['verdict']}{f': {reason}' if reason else ''}"))
     screen.fields(rows)
+    from lora_deploy.cli.latency_tables import latency_rows
+    from lora_deploy.evidence.latency import LatencyReport
     from lora_deploy.evidence.parity_report import ParityReport
     from lora_deploy.evidence.replay import ReplayReport
 
@@ -33,6 +35,9 @@ def show_evidence(screen: Screen, found: Evidence, folder: Path) -> None:
         _show_replay(screen, found.replay)
     if isinstance(found.parity, ParityReport) and found.parity.subjects:
         _show_parity(screen, found.parity)
+    if isinstance(found.latency, LatencyReport):
+        screen.line("latency")
+        screen.fields(latency_rows(found.latency))
 
 
 def _show_replay(screen: Screen, report: ReplayReport) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.errors import MergeError
+from lora_deploy.evidence.latency import LatencyReport
 from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.replay import ReplayReport
@@ -30,10 +31,10 @@ class Evidence:
 
     replay: ReplayReport | NotApplicable
     parity: ParityReport | NotApplicable
-    latency: NotApplicable
+    latency: LatencyReport | NotApplicable
 
     @property
-    def checks(self) -> dict[Check, ReplayReport | ParityReport | NotApplicable]:
+    def checks(self) -> dict[Check, ReplayReport | ParityReport | LatencyReport | NotApplicable]:
         """Reports by check, in the order they were made."""
         return {Check.REPLAY: self.replay, Check.PARITY: self.parity, Check.LATENCY: self.latency}
 

@@ -18,6 +18,8 @@ class VerifyOptions:
     """Checks to leave out."""
     probes: Path | None = None
     """JSON lines with prompts or token ids, fed beside the random inputs."""
+    base_graph: Path | None = None
+    """Folder with the same export of the base, to compare the merged graphs with."""
     provider: str = "cpu"
     """Where graphs run: an execution provider of onnxruntime, by its short name."""
     latency_bound: float = 0.03

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lora_deploy.checkpoint import Checkpoint
@@ -27,6 +26,7 @@ from lora_deploy.evidence.reload import run_reloaded
 from lora_deploy.evidence.subject import compare_subject
 from lora_deploy.evidence.tolerance import Power, Share, Tolerance, merge_share
 from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.evidence.versions import versions
 from lora_deploy.merge.budget import available_bytes
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
@@ -182,17 +182,6 @@ def _notes(reference: ReferenceRun) -> tuple[str, ...]:
     if reference.magnitudes.warning and reference.magnitudes.verdict is Verdict.PASS:
         notes.append(reference.magnitudes.warning)
     return tuple(notes)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the outputs."""
-    found = {}
-    for package in ("torch", "transformers", "peft", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _unmeasured(reason: str, hint: str) -> ParityReport:

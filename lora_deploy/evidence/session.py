@@ -71,20 +71,39 @@ class Session:
             EvidenceError: onnxruntime does not run it.
             InconclusiveError: It wants an input that is not given.
         """
+        values = self.compute(self.feed(inputs, cache))
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def feed(self, inputs: Mapping[str, Tensor], cache: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Prepare inputs in the graph's own names and formats.
+
+        Raises:
+            InconclusiveError: It wants an input that is not given.
+        """
         batch = next(iter(inputs.values())).shape[0]
         feeds = {}
         for name, node in self.inputs.items():
             value = inputs.get(name) if name not in self.cache else (cache or {}).get(name)
+            if value is None and name == "token_type_ids" and "input_ids" in inputs:
+                value = torch.zeros_like(inputs["input_ids"])  # one segment
             if value is None and name in self.cache:
                 value = torch.zeros(_empty_shape(node.shape, batch), dtype=_dtype(self.path, node))
             if value is None:
                 raise InconclusiveError(f"{self.path}: wants an input {name} that the probes do not have")
             feeds[name] = value.to(_dtype(self.path, node)).contiguous().numpy()
+        return feeds
+
+    def compute(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """Run the graph on prepared inputs; nothing else, so that it can be timed.
+
+        Raises:
+            EvidenceError: onnxruntime does not run it.
+        """
         try:
-            values = self._session.run(list(self.outputs), feeds)
+            found: list[Any] = self._session.run(None, feeds)
         except Exception as error:  # onnxruntime raises classes of its own
             raise EvidenceError(f"{self.path}: onnxruntime does not run it: {error}") from error
-        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+        return found
 
     def next_cache(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take from one step's outputs what the next one continues: of this graph, or of the one that read the text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,10 +52,7 @@ def with_weights(graph: Path, old: Mapping[str, Tensor], new: Mapping[str, Tenso
         if found is not None:
             value = dict(_ways(new[found[0]]))[found[1]]
             initializer.CopyFrom(numpy_helper.from_array(value.reshape(array.shape), initializer.name))
-    out.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, out / "model.onnx")
-    (out / "export.json").write_text("{}")
-    return out
+    return _save(model, graph.parent, out)
 
 
 def _ways(tensor: Tensor) -> list[tuple[bool, np.ndarray]]:
@@ -69,7 +67,12 @@ def with_swapped_outputs(graph: Path, one: str, other: str, out: Path) -> Path:
     for node in model.graph.node:
         node.output[:] = [names.get(name, name) for name in node.output]
         node.input[:] = [names.get(name, name) for name in node.input]
+    return _save(model, graph.parent, out)
+
+
+def _save(model: onnx.ModelProto, source: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     onnx.save(model, out / "model.onnx")
-    (out / "export.json").write_text("{}")
+    for name in ("config.json", "export.json"):
+        shutil.copy(source / name, out / name)
     return out

@@ -33,6 +33,9 @@ OPTIONS = {
 }
 
 
+OPTIONS["bench"] = SHOWN | {"--against", "--provider", "--threads", "--latency-bound", "--seconds"}
+
+
 def options_of(name: str) -> list[click.Option]:
     command = main.commands[name]
     with click.Context(command, help_option_names=["-h", "--help"]) as context:
