@@ -14,7 +14,7 @@
     │   └─ OutputExistsError
     ├─ ExportError                        6
     ├─ EvidenceError                      7
-    │   └─ ReplayError
+    │   └─ ReplayError · ParityError · LatencyError
     ├─ ReleaseError                       8
     │   └─ DigestMismatchError
     ├─ PushError                          9
@@ -181,6 +181,14 @@ class EvidenceError(LoraDeployError):
 
 class ReplayError(EvidenceError):
     """Stored weights differ from the definition of the merge."""
+
+
+class ParityError(EvidenceError):
+    """Outputs differ from the unmerged model's by more than rounding explains."""
+
+
+class LatencyError(EvidenceError):
+    """The merged graph is slower or faster than the base's, twice measured."""
 
 
 class ReleaseError(LoraDeployError):

@@ -1,11 +1,12 @@
-"""The stages in order: read, bind, plan, execute, replay. The only module that names them all.
+"""The stages in order: read, bind, plan, execute, verify. The only module that names them all.
 
     inspect   adapter ─▶ Inspection
     validate  adapters, base ─▶ Binding
     plan      adapters, base ─▶ MergePlan                 nothing is written
     merge     adapters, base ─▶ Merged                    plan, then execute
     export    merged folder, or adapters, base ─▶ Exported
-    verify    merged folder ─▶ ReplayReport               require_pass turns its verdict into an exception
+    verify    merged folder ─▶ Evidence                   require_pass turns its verdict into an exception
+    bench     exported folders ─▶ LatencyReport
 
 ADAPTER is a folder, a file or a hub id; BASE a folder, a file or a hub id; a local path wins over a hub id of the same
 name. Promise: no stage is skipped, none is run twice, and what a stage found is returned even where it is bad news.
@@ -13,7 +14,6 @@ name. Promise: no stage is skipped, none is run twice, and what a stage found is
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -30,9 +30,21 @@ from lora_deploy.bases.hub import is_hub_id, local_folder
 from lora_deploy.bases.quantised import sixteen_bit_original
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef, open_checkpoint
 from lora_deploy.companions import companion_files
-from lora_deploy.errors import InconclusiveError, InputError, RecipeError, ReplayError
-from lora_deploy.evidence.replay import ReplayReport, replay
-from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.errors import (
+    EvidenceError,
+    InconclusiveError,
+    InputError,
+    LatencyError,
+    ParityError,
+    RecipeError,
+    ReplayError,
+)
+from lora_deploy.evidence.bench import bench
+from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.gather import gather
+from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.outcome import NotApplicable
+from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.execute import Exported, execute_export
 from lora_deploy.export.execute import default_output as default_export
 from lora_deploy.export.generate import Answer, answer
@@ -56,6 +68,7 @@ from lora_deploy.validate import Binding, BindOptions, bind
 __all__ = [
     "answer_prompt",
     "base_artifacts",
+    "bench",
     "default_export",
     "default_output",
     "estimate",
@@ -267,22 +280,23 @@ def answer_prompt(
     return answer(root, prompt, max_tokens=max_tokens, is_raw=is_raw, say=say)
 
 
-def verify(
+def verify(  # noqa: PLR0913 - an option type a stage
     folder: Reference | None = None,
     *,
     adapters: References = (),
     base: Reference | None = None,
+    options: VerifyOptions | None = None,
     read_options: ReadOptions | None = None,
     bind_options: BindOptions | None = None,
     merge_options: MergeOptions | None = None,
     dequantize: bool = False,
     progress: Progress | None = None,
-) -> ReplayReport:
-    """Replay a merged checkpoint; without a folder, the current one if it holds our record.
+) -> Evidence:
+    """Check a merged checkpoint: weights, outputs, latency; without a folder, the current one if it holds our record.
 
     Where the folder holds our record, that says what was merged and how, and every byte must match; ``adapters`` and
-    ``base`` then only say where the inputs lie now. Any other folder needs ``adapters``. Of ``merge_options`` only
-    memory, device and workers matter.
+    ``base`` then only say where the inputs lie now, and ``evidence.json`` is written beside the record. Any other
+    folder needs ``adapters``. Of ``merge_options`` only memory, device and workers matter.
 
     Raises:
         RecipeError: Nothing says what was merged, or an option contradicts the record.
@@ -290,6 +304,26 @@ def verify(
         LoraDeployError: As ``validate``.
     """
     root = _merged_folder(folder)
+    planned, is_ours = _plan_of_folder(
+        root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
+    )
+    found = gather(planned, root, options or VerifyOptions(), is_ours=is_ours, progress=progress)
+    found.write(root)
+    return found
+
+
+def _plan_of_folder(
+    root: Path,
+    adapters: References,
+    base: Reference | None,
+    read_options: ReadOptions | None,
+    bind_options: BindOptions | None,
+    merge_options: MergeOptions | None,
+    *,
+    dequantize: bool,
+    progress: Progress | None,
+) -> tuple[MergePlan, bool]:
+    """Plan again what a folder holds; also whether every byte must match."""
     options = merge_options or MergeOptions()
     if (root / RECORD_NAME).is_file():
         if read_options or bind_options:
@@ -299,7 +333,7 @@ def verify(
             )
         record = read_record(root)
         planned = _recorded_plan(record, _several(adapters), base, options, progress)
-        return replay(planned, root, is_ours=_promises_bytes(record, planned), progress=progress)
+        return planned, _promises_bytes(record, planned)
     if not _several(adapters):
         raise RecipeError(f"{root}: has no {RECORD_NAME}, so what was merged is unknown", hint="pass --adapter")
     planned = plan(
@@ -310,23 +344,38 @@ def verify(
         merge_options=replace(options, dtype="base"),
         dequantize=dequantize,
     )
-    return replay(planned, root, progress=progress)
+    return planned, False
 
 
-def require_pass(report: ReplayReport, folder: Reference) -> None:
-    """Turn a verdict into an exception.
+def require_pass(found: Evidence, folder: Reference) -> None:
+    """Turn a verdict into an exception; the gravest check speaks.
 
     Raises:
         ReplayError: Stored weights contradict the definition.
-        InconclusiveError: They could not be checked.
+        ParityError: Outputs are not the unmerged model's.
+        LatencyError: The merged graph does not take the base's time.
+        InconclusiveError: Something could not be checked.
     """
-    if report.verdict is Verdict.PASS:
+    if found.verdict is Verdict.PASS:
         return
-    found = Counter(entry.outcome.value for entry in report.faults)
-    counts = ", ".join(f"{n} {outcome}" for outcome, n in found.items())
-    if report.verdict is Verdict.FAIL:
-        raise ReplayError(f"{fspath(folder)}: is not the merge of its base and adapters: {counts}")
-    raise InconclusiveError(f"{fspath(folder)}: could not be verified: {counts}")
+    said = {check: report for check, report in found.checks.items() if not isinstance(report, NotApplicable)}
+    for check, report in said.items():
+        if report.verdict is Verdict.FAIL:
+            problem, error = _FAILURES[check]
+            raise error(f"{fspath(folder)}: {problem}: {report.reason}", hint=report.hint or None)
+    unclear = {check: report for check, report in said.items() if report.verdict is Verdict.INCONCLUSIVE}
+    if not unclear:
+        raise InconclusiveError(f"{fspath(folder)}: nothing was checked")
+    reasons = "; ".join(f"{check}: {report.reason}" for check, report in unclear.items())
+    hint = next((report.hint for report in unclear.values() if report.hint), None)
+    raise InconclusiveError(f"{fspath(folder)}: could not be verified: {reasons}", hint=hint)
+
+
+_FAILURES: Mapping[Check, tuple[str, type[EvidenceError]]] = {
+    Check.REPLAY: ("is not the merge of its base and adapters", ReplayError),
+    Check.PARITY: ("does not do what the unmerged model does", ParityError),
+    Check.LATENCY: ("does not take the base's time", LatencyError),
+}
 
 
 def default_output(planned: MergePlan) -> Path:

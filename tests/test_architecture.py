@@ -112,6 +112,7 @@ def test_the_contracts_hold(copy_of_the_house: Path) -> None:
         ("utils.py", "", "lora_deploy.utils"),
         ("cli/__init__.py", "def f(): import torch", "lora_deploy.cli -> torch"),
         ("checkpoint.py", "import peft", "lora_deploy.checkpoint -> peft"),
+        ("evidence/replay.py", "import peft", "lora_deploy.evidence.replay -> peft"),
     ],
 )
 def test_a_planted_wrong_import_breaks_a_contract(

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from lora_deploy.cli.bench import bench
 from lora_deploy.cli.export import export
 from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
@@ -76,8 +77,9 @@ def main() -> None:
       lora-deploy inspect  runs/7                     what the adapter holds
       lora-deploy validate runs/7 --base owner/name   whether it fits, every misfit at once
       lora-deploy merge    runs/7 --base owner/name   the merged checkpoint, in ./7-merged
-      lora-deploy verify   7-merged                   replay it, byte by byte
       lora-deploy export   7-merged --onnx            graphs for onnxruntime, in 7-merged/onnx
+      lora-deploy verify   7-merged                   its bytes, its answers and its speed, proven
+      lora-deploy bench    7-merged                   how fast its graphs are
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
@@ -95,5 +97,5 @@ def run() -> None:
     os._exit(status)
 
 
-for _command in (inspect, validate, merge, export, try_prompt, verify):
+for _command in (inspect, validate, merge, export, verify, bench, try_prompt):
     main.add_command(_command)

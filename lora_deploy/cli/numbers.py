@@ -100,3 +100,20 @@ class Flags(click.ParamType[tuple[bool, ...]]):
         if not all(word in _TRUE | _FALSE for word in words):
             self.fail(f"found {value!r}, expected T and F separated by commas, such as T,F,T", param, ctx)
         return tuple(word in _TRUE for word in words)
+
+
+class Percent(click.ParamType[float]):
+    """A part of something, as ``3%`` or ``0.03``, above 0 and below 1."""
+
+    name = "percent"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read what was typed."""
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < 1:
+            self.fail(f"found {value!r}, expected a part such as 3% or 0.03", param, ctx)
+        return number

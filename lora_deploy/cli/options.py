@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from lora_deploy.cli.numbers import FiniteNumber, Flags, Size
+from lora_deploy.cli.numbers import FiniteNumber, Flags, Percent, Size
 from lora_deploy.cli.screen import Screen
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -144,3 +144,23 @@ work_options = _all(
     ),
 )
 """What changes speed and memory but no byte: fields of ``MergeOptions``."""
+
+latency_options = _all(
+    click.option(
+        "--latency-bound",
+        type=Percent(),
+        default="3%",
+        show_default=True,
+        metavar="P",
+        help="How far the merged graph's time may be from the base's and still be called equal.",
+    ),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(min=1),
+        default=60.0,
+        show_default=True,
+        metavar="S",
+        help="How long latency may be measured.",
+    ),
+)
+"""How latency is measured: fields of ``VerifyOptions``."""

@@ -1,33 +1,32 @@
-"""``lora-deploy verify``: replay a merged checkpoint, whoever wrote it."""
+"""``lora-deploy verify``: check a merged checkpoint, whoever wrote it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lora_deploy.adapters.interface import ReadOptions
-from lora_deploy.cli.numbers import format_seconds, format_size
 from lora_deploy.cli.options import (
     base_option,
     bind_options,
     chosen,
+    latency_options,
     output_options,
     read_options,
     unless_default,
     work_options,
 )
 from lora_deploy.cli.screen import Screen
+from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.verdict import Check
 from lora_deploy.merge.options import MergeOptions
 
-if TYPE_CHECKING:
-    from lora_deploy.evidence.replay import ReplayReport
-
-N_SHOWN = 20
+_CHECKS = click.Choice([check.value for check in Check])
 
 
-@click.command(short_help="Replay a merged checkpoint, whoever wrote it.")
+@click.command(short_help="Check a merged checkpoint, whoever wrote it.")
 @click.argument("folder", required=False, metavar="[DIR]", type=click.Path(path_type=Path))
 @click.option(
     "--adapter",
@@ -38,6 +37,22 @@ N_SHOWN = 20
     "Default: the recorded one; it must still be the same file.",
 )
 @base_option
+@click.option("--only", multiple=True, type=_CHECKS, help="Make only this check. Repeatable.")
+@click.option("--skip", multiple=True, type=_CHECKS, help="Leave this check out. Repeatable.")
+@click.option(
+    "--probes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSON lines to compare outputs on, beside random inputs: {"prompt": "…"} or {"input_ids": […]}.',
+)
+@click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Execution provider of onnxruntime that graphs run on, such as cpu or cuda.",
+)
+@latency_options
 @bind_options
 @read_options
 @work_options
@@ -52,22 +67,31 @@ def verify(
     dequantize: bool,
     **choices: Any,  # noqa: ANN401 - options by name
 ) -> None:
-    """Compute every tensor of the merged checkpoint in DIR again and compare it with what is stored.
+    """Check that the model in DIR is what its base and adapters make, and does what they do.
 
-    DIR defaults to the current folder if it holds a merge.json. What lora-deploy merged must match byte for byte; its
-    merge.json says from what and how. Checkpoints of other tools (PEFT, mergekit …) need --adapter; there, every known
-    order of rounding is accepted, and each tensor that differs is explained: not applied, wrong scale, wrong
-    orientation, another tensor, missing, extra, changed.
+    DIR defaults to the current folder if it holds a merge.json, which says from what it was made. Three checks:
 
-    Exits with 7 when the checkpoint is not the merge, and with 10 when the dtype is too coarse to tell.
-    """
+    \b
+    replay   every tensor computed again and compared with the stored bytes
+    parity   the model, reloaded from disk, beside base plus unmerged adapter:
+             every output within a tolerance that is measured, not chosen
+    latency  the merged ONNX graph takes the time of the base's
+
+    A check without a subject (no graphs, no architecture) is not applicable and spoils nothing. Every figure goes to
+    DIR/evidence.json. Checkpoints of other tools (PEFT, mergekit …) need --adapter; there, every known order of
+    rounding is accepted.
+
+    Exits with 7 when a check fails, and with 10 when one cannot tell.
+    """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
+    from lora_deploy.cli.evidence_tables import show_evidence
     from lora_deploy.validate import BindOptions
 
-    report = pipeline.verify(
+    found = pipeline.verify(
         folder,
         adapters=adapters,
         base=base,
+        options=chosen(VerifyOptions, choices | {name: _checks(choices[name]) for name in ("only", "skip")}),
         read_options=unless_default(chosen(ReadOptions, choices)),
         bind_options=unless_default(chosen(BindOptions, choices)),
         merge_options=chosen(MergeOptions, choices),
@@ -75,22 +99,10 @@ def verify(
         progress=screen.progress(),
     )
     folder = folder or Path()
-    screen.publish({"folder": folder, **report.to_json()})
-    _show(screen, report, folder)
-    pipeline.require_pass(report, folder)
+    screen.publish({"folder": folder, **found.to_json()})
+    show_evidence(screen, found, folder)
+    pipeline.require_pass(found, folder)
 
 
-def _show(screen: Screen, report: ReplayReport, folder: Path) -> None:
-    rate = report.n_bytes / max(report.seconds, 1e-9)
-    screen.line(f"{folder}: {report.verdict.value}")
-    screen.fields(
-        [
-            ("tolerance", report.tolerance),
-            *((outcome.value, str(number)) for outcome, number in report.counts.items()),
-            ("compared", f"{format_size(report.n_bytes)} in {format_seconds(report.seconds)}, {format_size(rate)}/s"),
-        ]
-    )
-    for entry in report.faults[:N_SHOWN]:
-        screen.line(f"  {entry.outcome.value:17}  {entry.name}{f': {entry.message}' if entry.message else ''}")
-    if len(report.faults) > N_SHOWN:
-        screen.line(f"  … and {len(report.faults) - N_SHOWN} more (--json lists all)")
+def _checks(names: tuple[str, ...]) -> tuple[Check, ...]:
+    return tuple(Check(name) for name in names)

@@ -1,4 +1,7 @@
-"""What a replay found in the place of one planned tensor. No tensor library is imported."""
+"""What a replay found in the place of one planned tensor, and what stands for a check that has no subject.
+
+No tensor library is imported.
+"""
 
 from __future__ import annotations
 
@@ -75,3 +78,16 @@ class TensorOutcome:
     def to_json(self) -> dict[str, Any]:
         """What is known, for ``evidence.json``."""
         return {key: value for key, value in asdict(self).items() if value not in ("", None)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotApplicable:
+    """A check that was not made, and why: it has no subject here, or the user left it out. It is never a pass."""
+
+    reason: str
+    is_skipped: bool = False
+    """Whether the user said so."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the place of a report."""
+        return {"verdict": "skipped" if self.is_skipped else "not applicable", "reason": self.reason}

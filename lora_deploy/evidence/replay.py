@@ -11,6 +11,7 @@ what they may differ by, and why that cannot hide a missing update, is said in `
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,17 @@ class ReplayReport:
         return tuple(sorted(found, key=lambda entry: entry.outcome is Outcome.INCONCLUSIVE))
 
     @property
+    def reason(self) -> str:
+        """Count what speaks against the folder."""
+        counted = Counter(entry.outcome.value for entry in self.faults)
+        return ", ".join(f"{n} {outcome}" for outcome, n in counted.items())
+
+    @property
+    def hint(self) -> str:
+        """The tensors are named in the report; there is no more to advise."""
+        return ""
+
+    @property
     def counts(self) -> dict[Outcome, int]:
         """How often each outcome occurs."""
         found: dict[Outcome, int] = {}
@@ -84,7 +96,7 @@ def replay(plan: MergePlan, folder: Path, *, is_ours: bool = False, progress: Pr
         MemoryBudgetError: The plan's memory budget is too small.
     """
     started = time.monotonic()
-    merged = _opened(folder)
+    merged = open_merged(folder)
     pairing = pair(plan, merged)
     compare(plan, merged, pairing.comparisons, progress)
     outcomes = [judge(comparison, plan, merged, is_ours=is_ours) for comparison in pairing.comparisons]
@@ -102,8 +114,12 @@ def replay(plan: MergePlan, folder: Path, *, is_ours: bool = False, progress: Pr
     )
 
 
-def _opened(folder: Path) -> Checkpoint:
-    """Open safetensors as they are; pickled weights (``pytorch_model.bin``) as a base's are, converted once."""
+def open_merged(folder: Path) -> Checkpoint:
+    """Open safetensors as they are; pickled weights (``pytorch_model.bin``) as a base's are, converted once.
+
+    Raises:
+        InputError: The folder holds no weights, or they are damaged.
+    """
     if has_weights(folder) or not folder.is_dir():
         return open_checkpoint(folder)
     return open_base(str(folder))

@@ -102,7 +102,7 @@ def fit(plan: MergePlan) -> Footprint:
             f"the merge needs {footprint.peak_bytes:,} bytes of memory, --memory allows {allowed:,}",
             hint=f"--memory {footprint.peak_bytes / 1e9 + 0.1:.1f}GB",
         )
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and footprint.peak_bytes - start > available:
         raise MemoryBudgetError(
             f"the merge needs {footprint.peak_bytes - start:,} more bytes of memory, the machine has {available:,} free"
@@ -196,7 +196,8 @@ def _defined_bytes(tensor: PlannedTensor, n_workers: int) -> int:
     return block + whole
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
+    """Memory that the machine could still give; None where it does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

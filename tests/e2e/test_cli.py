@@ -350,7 +350,7 @@ def test_a_hub_id_is_found_in_the_cache(trained: Trained, tmp_path: Path, here: 
     found = document("validate", "someone/tiny-lora")
     assert (found["base"]["name"], found["base"]["revision"]) == ("someone/tiny-base", commit)
     assert document("merge", "someone/tiny-lora")["output"] == "tiny-lora-merged"
-    succeed("verify", here / "tiny-lora-merged")
+    succeed("verify", here / "tiny-lora-merged", "--only", "replay")
     assert error_of("validate", "someone/absent", exit_code=9)["code"] == "hub-unavailable"
 
 
@@ -365,22 +365,27 @@ def test_a_merge_verifies_from_inside_its_folder_wherever_it_was_made(
     succeed("merge", "a", "--base", "b")
     monkeypatch.chdir(here / "a-merged")
     assert ": pass\n" in succeed("verify")
-    found = document("verify")
-    assert (found["verdict"], found["counts"], found["tensors"]) == ("pass", {"exact": 21}, [])
+    assert json.loads(Path("evidence.json").read_text())["parity"]["verdict"] == "pass"
+    found = document("verify", "--only", "replay")
+    assert (found["replay"]["verdict"], found["replay"]["counts"], found["replay"]["tensors"]) == (
+        "pass",
+        {"exact": 21},
+        [],
+    )
 
 
 def test_one_wrong_bit_fails_with_exit_7_and_names_the_tensor(merged: Path) -> None:
     tensor = tensors_of(merged)[ADAPTED]
     tensor.view(torch.int32)[3, 5] ^= 1
     edit(merged, {ADAPTED: tensor})
-    result = run("verify", merged)
+    result = run("verify", merged, "--only", "replay")
     assert result.exit_code == 7
     assert ": fail\n" in result.stdout
     assert ADAPTED in result.stdout
     assert result.stderr.splitlines()[-1].startswith(f"error: {merged}: is not the merge of its base and adapters: 1 ")
-    found = document("verify", merged, exit_code=7)
+    found = document("verify", merged, "--only", "replay", exit_code=7)
     assert found["verdict"] == "fail"
-    assert [entry["name"] for entry in found["tensors"]] == [ADAPTED]
+    assert [entry["name"] for entry in found["replay"]["tensors"]] == [ADAPTED]
     assert found["error"]["code"] == "replay"
 
 
@@ -400,7 +405,7 @@ def test_a_recorded_adapter_that_changed_is_not_the_one_that_was_merged(trained:
     error = error_of("verify", out, exit_code=3)
     assert error["code"] == "input-changed"
     assert "not the adapter that was merged" in error["message"]
-    assert ": pass\n" in succeed("verify", out, "--adapter", trained.adapter)
+    assert ": pass\n" in succeed("verify", out, "--adapter", trained.adapter, "--only", "replay")
 
 
 def test_a_recorded_base_that_moved_is_found_with_an_option(trained: Trained, tmp_path: Path) -> None:
@@ -409,7 +414,7 @@ def test_a_recorded_base_that_moved_is_found_with_an_option(trained: Trained, tm
     succeed("merge", trained.adapter, "--base", base, "-o", out)
     base.rename(tmp_path / "moved")
     assert run("verify", out).exit_code in {3, 9}
-    assert ": pass\n" in succeed("verify", out, "--base", tmp_path / "moved")
+    assert ": pass\n" in succeed("verify", out, "--base", tmp_path / "moved", "--only", "replay")
 
 
 def test_options_that_contradict_the_record_are_refused(merged: Path) -> None:
@@ -424,7 +429,7 @@ def test_pefts_own_merge_passes(trained: Trained, tmp_path: Path) -> None:
 
 def test_a_base_passed_off_as_merged_fails(trained: Trained) -> None:
     found = document("verify", trained.base, "--adapter", trained.adapter, exit_code=7)
-    assert found["counts"]["not-applied"] == 14
+    assert found["replay"]["counts"]["not-applied"] == 14
 
 
 def test_an_update_too_small_to_show_is_inconclusive(trained: Trained, tmp_path: Path) -> None:
@@ -432,7 +437,18 @@ def test_an_update_too_small_to_show_is_inconclusive(trained: Trained, tmp_path:
     theirs = tmp_path / "theirs"
     trained.bare.to(torch.bfloat16).save_pretrained(theirs)
     trained.bare.double()
-    arguments = ["verify", theirs, "--adapter", trained.adapter, "--base", theirs, "--weight", "1e-9"]
+    arguments = [
+        "verify",
+        theirs,
+        "--adapter",
+        trained.adapter,
+        "--base",
+        theirs,
+        "--weight",
+        "1e-9",
+        "--only",
+        "replay",
+    ]
     result = run(*arguments)
     assert result.exit_code == 10, result.stderr
     assert ": inconclusive\n" in result.stdout

@@ -90,7 +90,7 @@ def test_the_installed_command_helps_and_says_its_version(environment: Environme
     assert lora_deploy.__version__ in environment.run("lora-deploy", "--version")
 
 
-@pytest.mark.parametrize("command", ["inspect", "validate", "merge", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "validate", "merge", "verify", "bench"])
 def test_each_installed_command_explains_itself(environment: Environment, command: str) -> None:
     assert f"Usage: lora-deploy {command}" in environment.run("lora-deploy", command, "--help")
 

@@ -26,9 +26,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lora_deploy import pipeline
+from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.outcome import Outcome
 from lora_deploy.evidence.replay import ReplayReport
-from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.validate import BindOptions
 from tests.peer.models import VOCABULARY, SelfAttention, bert, gpt2, gpt_neox, llama, llava, opt, t5, toy, vit, whisper
 from tests.peer.trained import peft_advice_unheard, perturb, randomize, save_base
@@ -84,13 +85,19 @@ def merge_with_peft(loaded: nn.Module, adapters: list[Path], out: Path, mode: Mo
     return save_base(merged, out)
 
 
+def replay(folder: Path, **arguments: Any) -> ReplayReport:
+    report = pipeline.verify(folder, options=VerifyOptions(only=(Check.REPLAY,)), **arguments).replay
+    assert isinstance(report, ReplayReport)
+    return report
+
+
 def assert_passes(report: ReplayReport) -> None:
     assert report.verdict is Verdict.PASS, report.faults
     assert any(entry.n_elements for entry in report.outcomes)
 
 
 def assert_bare_base_fails(base: Path, adapters: list[Path]) -> None:
-    report = pipeline.verify(base, adapters=adapters, base=base)
+    report = replay(base, adapters=adapters, base=base)
     assert report.verdict is Verdict.FAIL
     assert Outcome.NOT_APPLIED in report.counts
 
@@ -106,7 +113,7 @@ def test_llama_merged_by_peft_passes(
     config = LoraConfig(r=5, lora_alpha=7, target_modules="all-linear")
     adapter = adapted(model, config, tmp_path / "adapter", adapter_dtype)
     merge_with_peft(model, [adapter], tmp_path / "merged", mode)
-    assert_passes(pipeline.verify(tmp_path / "merged", adapters=[adapter], base=base))
+    assert_passes(replay(tmp_path / "merged", adapters=[adapter], base=base))
 
 
 @pytest.mark.parametrize("loaded_in", [BF16, F16, F32], ids=lambda dtype: f"loaded in {dtype}")
@@ -119,7 +126,7 @@ def test_a_base_that_was_loaded_in_another_dtype_passes(
     adapter = adapted(model, LoraConfig(r=4, target_modules="all-linear"), tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=loaded_in)
     merge_with_peft(loaded, [adapter], tmp_path / "merged", Mode())
-    assert_passes(pipeline.verify(tmp_path / "merged", adapters=[adapter], base=base))
+    assert_passes(replay(tmp_path / "merged", adapters=[adapter], base=base))
     assert_bare_base_fails(base, [adapter])
 
 
@@ -135,7 +142,7 @@ def test_mergekits_way_of_merging_in_one_dtype_and_storing_in_another_passes(
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=working)
     merge_with_peft(loaded, [adapter], tmp_path / "cached", Mode())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "cached", dtype=working).to(stored)
-    assert_passes(pipeline.verify(save_base(merged, tmp_path / "merged"), adapters=[adapter], base=base))
+    assert_passes(replay(save_base(merged, tmp_path / "merged"), adapters=[adapter], base=base))
 
 
 @dataclass(frozen=True)
@@ -179,8 +186,8 @@ def test_every_variant_merged_by_peft_passes(variant: Variant, dtype: torch.dtyp
     adapter = adapted(model, LoraConfig(r=3, lora_alpha=5, **variant.options), tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=dtype) if isinstance(model, PreTrainedModel) else model
     merge_with_peft(loaded, [adapter], tmp_path / "merged", mode)
-    assert_passes(pipeline.verify(tmp_path / "merged", adapters=[adapter], base=base))
-    assert pipeline.verify(base, adapters=[adapter], base=base).verdict is Verdict.FAIL
+    assert_passes(replay(tmp_path / "merged", adapters=[adapter], base=base))
+    assert replay(base, adapters=[adapter], base=base).verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -192,7 +199,7 @@ def test_two_adapters_merged_by_peft_one_after_the_other_pass(dtype: torch.dtype
     ]
     merge_with_peft(model, adapters, tmp_path / "merged", Mode())
     assert_passes(
-        pipeline.verify(tmp_path / "merged", adapters=adapters, base=base, bind_options=BindOptions(weights=(1.0, 1.0)))
+        replay(tmp_path / "merged", adapters=adapters, base=base, bind_options=BindOptions(weights=(1.0, 1.0)))
     )
 
 
@@ -204,7 +211,7 @@ def test_a_tied_model_that_peft_merged_is_reported_as_not_untied(tmp_path: Path)
     with pytest.warns(UserWarning, match="tied"):
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     save_base(merged, tmp_path / "merged")
-    report = pipeline.verify(tmp_path / "merged", adapters=[adapter], base=base)
+    report = replay(tmp_path / "merged", adapters=[adapter], base=base)
     found = {entry.name: entry for entry in report.outcomes}
     assert report.verdict is Verdict.FAIL
     assert found["model.embed_tokens.weight"].outcome is Outcome.CHANGED
@@ -241,7 +248,7 @@ def test_merges_by_mergekit_itself_pass_whatever_dtype_it_loads_and_stores(tmp_p
     command = [sys.executable, "-W", "ignore", "-c", _MERGEKIT, str(tmp_path / "cases.json")]
     subprocess.run(command, check=True, env=os.environ, capture_output=True)
     for case in cases:
-        assert_passes(pipeline.verify(case["out"], adapters=[adapter], base=base))
+        assert_passes(replay(case["out"], adapters=[adapter], base=base))
 
 
 def mixtral() -> nn.Module:
@@ -275,7 +282,7 @@ def test_every_architectures_own_names_and_shared_tensors_are_found(
     base = save_base(model, tmp_path / "base")
     adapter = adapted(model, LoraConfig(r=3, **variant.options), tmp_path / "adapter")
     merge_with_peft(type(model).from_pretrained(base, dtype=dtype), [adapter], tmp_path / "merged", Mode())
-    assert_passes(pipeline.verify(tmp_path / "merged", adapters=[adapter], base=base))
+    assert_passes(replay(tmp_path / "merged", adapters=[adapter], base=base))
     assert_bare_base_fails(base, [adapter])
 
 
@@ -288,4 +295,4 @@ def test_a_state_dict_in_the_names_of_memory_passes(tmp_path: Path) -> None:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     (tmp_path / "merged").mkdir()
     torch.save(merged.state_dict(), tmp_path / "merged" / "pytorch_model.bin")
-    assert_passes(pipeline.verify(tmp_path / "merged", adapters=[adapter], base=base))
+    assert_passes(replay(tmp_path / "merged", adapters=[adapter], base=base))

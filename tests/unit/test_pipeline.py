@@ -13,7 +13,8 @@ from lora_deploy import pipeline
 from lora_deploy.adapter import Adapter, BaseHint, Orientation
 from lora_deploy.bases import open_base
 from lora_deploy.errors import InconclusiveError, InputError, RecipeError, ReplayError
-from lora_deploy.evidence.outcome import Outcome, TensorOutcome
+from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.outcome import NotApplicable, Outcome, TensorOutcome
 from lora_deploy.evidence.replay import ReplayReport
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.merge.options import MergeOptions
@@ -161,9 +162,14 @@ def test_a_base_in_a_lone_file_beside_others_is_found_again(adapter: Path, base:
     assert pipeline.verify(tmp_path / "out").verdict is Verdict.PASS
 
 
-def report(verdict: Verdict, *outcomes: Outcome, is_ours: bool = False) -> ReplayReport:
+def replayed(verdict: Verdict, *outcomes: Outcome, is_ours: bool = False) -> ReplayReport:
     found = tuple(TensorOutcome(name=f"t{k}", outcome=outcome) for k, outcome in enumerate(outcomes))
     return ReplayReport(verdict=verdict, outcomes=found, n_bytes=1, tolerance="none", seconds=0.1, is_ours=is_ours)
+
+
+def report(verdict: Verdict, *outcomes: Outcome, is_ours: bool = False) -> Evidence:
+    absent = NotApplicable(reason="not asked for")
+    return Evidence(replay=replayed(verdict, *outcomes, is_ours=is_ours), parity=absent, latency=absent)
 
 
 def test_a_pass_raises_nothing() -> None:
@@ -183,12 +189,12 @@ def test_another_rounding_speaks_against_a_merge_of_ours() -> None:
 
 
 def test_what_could_not_be_checked_is_not_called_checked() -> None:
-    with pytest.raises(InconclusiveError, match="could not be verified: 1 inconclusive"):
+    with pytest.raises(InconclusiveError, match="could not be verified: replay: 1 inconclusive"):
         pipeline.require_pass(report(Verdict.INCONCLUSIVE, Outcome.EXACT, Outcome.INCONCLUSIVE), "out")
 
 
 def test_faults_come_before_what_could_not_be_checked() -> None:
-    found = report(Verdict.FAIL, Outcome.INCONCLUSIVE, Outcome.WRONG_SCALE)
+    found = replayed(Verdict.FAIL, Outcome.INCONCLUSIVE, Outcome.WRONG_SCALE)
     assert [entry.outcome for entry in found.faults] == [Outcome.WRONG_SCALE, Outcome.INCONCLUSIVE]
 
 
@@ -206,9 +212,12 @@ def test_another_torch_build_owes_the_same_bytes_to_exact_kinds_only(
     config = {"r": 1, "lora_alpha": 1, "use_dora": is_dora, "target_modules": ["fc"]}
     adapter = save_peft(tmp_path / "lora", FACTORS | magnitude, config)
     merged = pipeline.merge(adapter, base=base, output=tmp_path / "out")
-    assert pipeline.verify(merged.root).is_ours
+    before = pipeline.verify(merged.root).replay
+    assert isinstance(before, ReplayReport)
+    assert before.is_ours
     record = merged.root / "merge.json"
     record.write_text(record.read_text().replace(torch.__version__, "0.1"))
-    report = pipeline.verify(merged.root)
-    assert report.is_ours is promised
-    assert report.verdict is Verdict.PASS
+    after = pipeline.verify(merged.root).replay
+    assert isinstance(after, ReplayReport)
+    assert after.is_ours is promised
+    assert after.verdict is Verdict.PASS

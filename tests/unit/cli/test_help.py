@@ -22,8 +22,24 @@ OPTIONS = {
     | {"--onnx", "-o", "--output", "--adapter", "--dtype", "--provider", "--weights", "--layout", "--maker"}
     | {"--device", "--memory", "--dry-run", "--fresh"},
     "try": SHOWN | {"--max-tokens", "--raw"},
-    "verify": READ | BIND | SHOWN | {"--adapter", "--device", "--memory"},
+    "verify": READ
+    | BIND
+    | SHOWN
+    | {
+        "--adapter",
+        "--device",
+        "--memory",
+        "--only",
+        "--skip",
+        "--probes",
+        "--provider",
+        "--latency-bound",
+        "--seconds",
+    },
 }
+
+
+OPTIONS["bench"] = SHOWN | {"--against", "--provider", "--threads", "--latency-bound", "--seconds"}
 
 
 def options_of(name: str) -> list[click.Option]:

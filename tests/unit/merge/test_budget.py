@@ -125,7 +125,7 @@ def test_too_small_a_budget_is_refused_before_any_write_with_what_is_needed(tmp_
 
 
 def test_more_than_the_machine_has_free_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BUDGET, "_available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(BUDGET, "available_bytes", lambda: 1_000_000)
     with pytest.raises(MemoryBudgetError, match="the machine has 1,000,000 free"):
         fit(model_plan(tmp_path))
 
@@ -140,7 +140,7 @@ def planned_peak(folder: Path, shape: tuple[int, int], update: Any, **options: A
 def test_the_plan_grows_with_factors_workers_and_what_a_factorisation_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BUDGET, "_available_bytes", lambda: None)
+    monkeypatch.setattr(BUDGET, "available_bytes", lambda: None)
     monkeypatch.setattr(BUDGET, "private_bytes", lambda: 0)
     monkeypatch.setattr(sys.modules[__name__], "private_bytes", lambda: 0)
     shape = (2000, 1000)

@@ -1,0 +1,93 @@
+"""What ``verify`` prints: one line a check, the figures that decided it, and what speaks against the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_deploy.cli.numbers import format_number, format_seconds, format_size
+
+if TYPE_CHECKING:
+    from lora_deploy.cli.screen import Screen
+    from lora_deploy.evidence.dossier import Evidence
+    from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
+    from lora_deploy.evidence.replay import ReplayReport
+
+N_SHOWN = 20
+
+
+def show_evidence(screen: Screen, found: Evidence, folder: Path) -> None:
+    """Print every check."""
+    screen.line(f"{folder}: {found.verdict.value}")
+    rows = []
+    for check, report in found.checks.items():
+        said = report.to_json()
+        reason = "" if said["verdict"] == "pass" else str(said.get("reason", ""))
+        rows.append((check.value, f"{said['verdict']}{f': {reason}' if reason else ''}"))
+    screen.fields(rows)
+    from lora_deploy.cli.latency_tables import latency_rows
+    from lora_deploy.evidence.latency import LatencyReport
+    from lora_deploy.evidence.parity_report import ParityReport
+    from lora_deploy.evidence.replay import ReplayReport
+
+    if isinstance(found.replay, ReplayReport):
+        _show_replay(screen, found.replay)
+    if isinstance(found.parity, ParityReport) and found.parity.subjects:
+        _show_parity(screen, found.parity)
+    if isinstance(found.latency, LatencyReport):
+        screen.line("latency")
+        screen.fields(latency_rows(found.latency))
+
+
+def _show_replay(screen: Screen, report: ReplayReport) -> None:
+    rate = report.n_bytes / max(report.seconds, 1e-9)
+    screen.line("replay")
+    screen.fields(
+        [
+            ("tolerance", report.tolerance),
+            *((outcome.value, str(number)) for outcome, number in report.counts.items()),
+            ("compared", f"{format_size(report.n_bytes)} in {format_seconds(report.seconds)}, {format_size(rate)}/s"),
+        ]
+    )
+    for entry in report.faults[:N_SHOWN]:
+        screen.line(f"  {entry.outcome.value:17}  {entry.name}{f': {entry.message}' if entry.message else ''}")
+    if len(report.faults) > N_SHOWN:
+        screen.line(f"  … and {len(report.faults) - N_SHOWN} more (--json lists all)")
+
+
+def _show_parity(screen: Screen, report: ParityReport) -> None:
+    screen.line("parity")
+    n_positions = max((entry.n_positions for entry in report.effect), default=0)
+    screen.fields(
+        [
+            ("reference", report.reference),
+            ("probes", f"{len(report.probes)}, {n_positions} positions, in {format_seconds(report.seconds)}"),
+            *((f"effect on {power.output}", _power_line(power.effect, power.ratio)) for power in report.power),
+            *(("note", note) for note in report.notes),
+        ]
+    )
+    for subject in report.subjects:
+        screen.line(f"  {subject.name}: {subject.verdict.value}")
+        for line in _figures(subject):
+            screen.line(f"    {line}")
+
+
+def _power_line(effect: float, ratio: float) -> str:
+    return f"{format_number(effect)}, {format_number(ratio)} times the tolerance"
+
+
+def _figures(subject: SubjectReport) -> Iterator[str]:
+    for found, bound in zip(subject.overall, subject.tolerances, strict=True):
+        top = "" if found.top1 is None else f", top-1 {found.top1:.1%}"
+        yield (
+            f"{found.output}: {found.measure} mean {format_number(found.mean)} (allowed {format_number(bound.mean)}), "
+            f"max {format_number(found.largest)} (allowed {format_number(bound.largest)}){top}, "
+            f"largest difference {format_number(found.max_abs)}"
+        )
+    if subject.greedy:
+        turned = [entry for entry in subject.greedy if entry.first_difference is not None]
+        yield (
+            f"greedy decoding: {len(subject.greedy) - len(turned)} of {len(subject.greedy)} continuations the same"
+            + ("".join(f"; token {entry.first_difference} turned at a lead of {entry.margin:.2g}" for entry in turned))
+        )

@@ -1,0 +1,83 @@
+"""Round the parameters of a loaded model by chance, each to the dtype that the merged checkpoint stores it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_deploy.evidence.chance import round_by_chance
+from lora_deploy.rounding import torch_dtype
+from lora_deploy.tensors import DType, TensorSpec
+
+_BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DTypes:
+    """In which format each parameter is stored."""
+
+    by_name: Mapping[str, DType]
+    usual: DType
+    """Of those that the checkpoint stores under another name."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorSpec], adapted: Collection[str]) -> DTypes:
+        """Find the formats of a merged checkpoint; the usual one is that of most adapted tensors' bytes."""
+        floating = {name: spec for name, spec in tensors.items() if spec.dtype.is_floating}
+        sizes: dict[DType, int] = {}
+        for name, spec in floating.items():
+            if name in adapted or not floating.keys() & set(adapted):
+                sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.n_bytes
+        usual = max(sizes, key=lambda dtype: sizes[dtype], default=DType.F32)
+        return cls(by_name={name: spec.dtype for name, spec in floating.items()}, usual=usual)
+
+    def round(self, name: str, values: Tensor, generator: torch.Generator) -> Tensor:
+        """Round values by chance, block by block; gives float32 (float64 for what is stored so)."""
+        dtype = self.by_name.get(name, self.usual)
+        if dtype is DType.F64:
+            return values
+        flat = values.reshape(-1)
+        blocks = [
+            round_by_chance(flat[k : k + _BLOCK_ELEMENTS].to(torch.float64), dtype, generator).to(torch.float32)
+            for k in range(0, flat.numel(), _BLOCK_ELEMENTS)
+        ]
+        return torch.cat(blocks).view(values.shape) if blocks else values
+
+    def holds(self, name: str, values: Tensor) -> bool:
+        """Whether values are of the stored format already, so that rounding leaves them."""
+        dtype = self.by_name.get(name, self.usual)
+        if dtype in {DType.F64, DType.F32}:
+            return values.dtype is torch.float32
+        return torch.equal(values.to(torch_dtype(dtype)).to(values.dtype), values)
+
+
+@contextmanager
+def rounded_parameters(
+    model: nn.Module,
+    dtypes: DTypes,
+    generator: torch.Generator,
+    *,
+    skip: Collection[int] = (),
+    name_of: Callable[[str], str] = str,
+) -> Iterator[None]:
+    """Round every floating parameter but those in ``skip`` (by id) while the block runs."""
+    saved: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for path, module in model.named_modules():
+            if any(part.startswith("lora_") or part == "original_module" for part in path.split(".")):
+                continue
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                full = name_of(f"{path}.{name}" if path else name)
+                if id(parameter) in skip or not parameter.is_floating_point() or dtypes.holds(full, parameter.data):
+                    continue
+                saved.append((module, name, parameter))
+                value = dtypes.round(full, parameter.detach(), generator).to(torch.float32)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+        yield
+    finally:
+        for module, name, parameter in saved:
+            setattr(module, name, parameter)

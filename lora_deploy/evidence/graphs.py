@@ -1,0 +1,48 @@
+"""Find the graphs of an exported folder. Nothing is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_SUBFOLDERS = ("onnx", ".")
+_PREFILL = ("model.onnx", "prefill.onnx", "decoder_model.onnx", "decoder_model_merged.onnx")
+_DECODE = ("decode.onnx", "decoder_with_past_model.onnx", "model_with_past.onnx")
+_MARKS = ("export.json", "genai_config.json", "config.json")
+"""One of these beside a graph says that the folder is an export."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphFolder:
+    """The graphs of one model."""
+
+    root: Path
+    """Folder that they lie in."""
+    prefill: Path
+    """Reads a whole text, or any other input."""
+    decode: Path
+    """Continues a text over a cache; the same file where one graph does both."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every graph, once."""
+        return tuple(dict.fromkeys((self.prefill, self.decode)))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of graphs and of the weights that lie beside them."""
+        return sum(path.stat().st_size for path in self.root.glob("*.onnx*") if path.is_file())
+
+
+def find_graphs(folder: Path) -> GraphFolder | None:
+    """Find the graphs in ``folder/onnx`` or in the folder itself; a graph file stands for its own folder."""
+    if folder.suffix == ".onnx" and folder.is_file():
+        return GraphFolder(root=folder.parent, prefill=folder, decode=folder)
+    for name in _SUBFOLDERS:
+        root = folder / name if name != "." else folder
+        prefill = next((root / file for file in _PREFILL if (root / file).is_file()), None)
+        if prefill is None or not any((place / mark).is_file() for mark in _MARKS for place in (root, folder)):
+            continue
+        decode = next((root / file for file in _DECODE if (root / file).is_file()), prefill)
+        return GraphFolder(root=root, prefill=prefill, decode=decode)
+    return None

@@ -1,0 +1,74 @@
+"""Load a checkpoint as transformers does, in float32, from its folder alone.
+
+Promise: nothing is fetched, no code of the checkpoint is run, no pickle is opened; tensors that the architecture wants
+and the folder does not hold are told, never quietly invented.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.errors import EvidenceError
+from lora_deploy.evidence.forward import quiet_peers
+
+_STANDARD = "model.safetensors"
+
+
+def load_model(folder: Path, architecture: str, **settings: object) -> tuple[nn.Module, frozenset[str]]:
+    """Load a model for evaluation; give it with the names of parameters that the folder does not hold.
+
+    ``settings`` replace those of its configuration, such as ``num_labels``.
+
+    Raises:
+        EvidenceError: transformers does not load it.
+    """
+    import transformers
+
+    cls = getattr(transformers, architecture)
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(50)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet_peers():
+            model, report = cls.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **settings,
+            )
+    except Exception as error:
+        raise EvidenceError(f"{folder}: {architecture} does not load: {type(error).__name__}: {error}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the same sums whatever the batch
+    return model.eval(), frozenset(report["missing_keys"])
+
+
+@contextmanager
+def as_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Give a folder that transformers reads as this checkpoint: its own, or one of links where a lone file is meant."""
+    root, files = checkpoint.root, checkpoint.files
+    others = {path.name for path in root.glob("*.safetensors")} - set(files)
+    if len(files) > 1 or (files == (_STANDARD,) and not (root / f"{_STANDARD}.index.json").exists()):
+        yield root
+        return
+    if not others and (root / f"{_STANDARD}.index.json").exists():
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="lora-deploy-") as made:
+        folder = Path(made)
+        for path in root.glob("*.json"):
+            if not path.name.endswith(".index.json"):
+                (folder / path.name).symlink_to(path.resolve())
+        (folder / _STANDARD).symlink_to((root / files[0]).resolve())
+        yield folder

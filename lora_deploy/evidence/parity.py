@@ -1,0 +1,188 @@
+"""Parity: do the merged weights, loaded from disk, do what the unmerged model does?
+
+Promise: the reference is run in float32 by someone else's loader where there is one; every subject is compared at every
+position of every probe; the tolerance is measured beside it, and a comparison that could not have seen a missing
+adapter is inconclusive. What cannot be run is said, not guessed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.errors import EvidenceError, InconclusiveError
+from lora_deploy.evidence.architecture import Absence, Architecture, find_architecture
+from lora_deploy.evidence.chanced import DTypes
+from lora_deploy.evidence.graph_parity import Graphs, graph_subjects, run_all
+from lora_deploy.evidence.loading import as_folder
+from lora_deploy.evidence.outcome import NotApplicable
+from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
+from lora_deploy.evidence.probe import SEED, Probe, make_probes, read_probes
+from lora_deploy.evidence.reference_run import N_PASSES, ReferenceRun, needed_bytes, run_reference
+from lora_deploy.evidence.reload import run_reloaded
+from lora_deploy.evidence.subject import compare_subject
+from lora_deploy.evidence.tolerance import Power, Share, Tolerance, merge_share
+from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.evidence.versions import versions
+from lora_deploy.merge.budget import available_bytes
+from lora_deploy.merge.plan import MergePlan
+from lora_deploy.merge.progress import Progress, reporting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityOptions:
+    """What the user may choose."""
+
+    probes: Path | None = None
+    """JSON lines with prompts or token ids, beside the random ones."""
+
+
+def check_parity(
+    plan: MergePlan,
+    merged: Checkpoint,
+    options: ParityOptions | None = None,
+    *,
+    graphs: Graphs | None = None,
+    progress: Progress | None = None,
+) -> ParityReport | NotApplicable:
+    """Compare a merged checkpoint with the unmerged model.
+
+    Raises:
+        InputError: The user's probes cannot be read, or the adapter's file is not the one that was merged.
+    """
+    started = time.monotonic()
+    architecture = find_architecture(plan.config)
+    if isinstance(architecture, Absence):
+        if not architecture.is_applicable:
+            return NotApplicable(reason=architecture.reason)
+        return _unmeasured(architecture.reason, architecture.hint)
+    probes = make_probes(plan.config, architecture)
+    if options is not None and options.probes is not None:
+        probes += read_probes(options.probes, merged.root, plan.config, architecture)
+    needed, available = needed_bytes(plan, probes), available_bytes()
+    if available is not None and needed > available:
+        return _unmeasured(
+            f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
+            "the replay of its weights is what proves this merge; --skip parity says that it is enough",
+        )
+    with reporting(progress, "measuring parity", (N_PASSES + 1) * plan.n_bytes) as advance:
+        report = _measure(plan, merged, architecture, probes, graphs, advance)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _measure(
+    plan: MergePlan,
+    merged: Checkpoint,
+    architecture: Architecture,
+    probes: Sequence[Probe],
+    graphs: Graphs | None,
+    advance: Callable[[int], None],
+) -> ParityReport:
+    adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
+    dtypes = DTypes.of(merged.tensors, adapted)
+    runs = run_all(graphs, probes) if graphs is not None else None
+    graph_dtype = runs.dtype if runs is not None else None
+    try:
+        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtype=graph_dtype)
+    except EvidenceError as error:
+        return _unmeasured(f"the base cannot be run: {error.message}", "")
+    if isinstance(reference, Absence):
+        return _unmeasured(reference.reason, reference.hint)
+    shares = merge_share(reference.roundings, dtypes.usual.long_name)
+    subjects = [_reloaded(merged, architecture, probes, reference, shares)]
+    advance(plan.n_bytes)
+    if runs is not None:
+        subjects += graph_subjects(runs, probes, reference, shares)
+    power = _power(reference, subjects)
+    report = ParityReport(
+        verdict=Verdict.PASS,
+        reference=f"{architecture.name}, float32, {reference.source}",
+        is_independent=reference.is_independent,
+        dtype=dtypes.usual.long_name,
+        subjects=tuple(subjects),
+        power=power,
+        effect=reference.effect,
+        magnitudes=reference.magnitudes,
+        probes={probe.name: probe.description for probe in probes},
+        seed=SEED,
+        notes=_notes(reference),
+        versions=versions(),
+    )
+    return judged(report)
+
+
+def judged(report: ParityReport) -> ParityReport:
+    """Give a report its verdict: one failure fails; without power, or with anything unmeasured, it is inconclusive."""
+    failed = [subject for subject in report.subjects if subject.verdict is Verdict.FAIL]
+    open_ones = [subject for subject in report.subjects if subject.verdict is Verdict.INCONCLUSIVE]
+    if failed:
+        reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in failed)
+        return replace(report, verdict=Verdict.FAIL, reason=reasons)
+    if report.magnitudes is not None and report.magnitudes.verdict is Verdict.FAIL:
+        hint = "merge with --dtype bfloat16 or --dtype base"
+        return replace(report, verdict=Verdict.FAIL, reason=report.magnitudes.warning, hint=hint)
+    if open_ones:
+        reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in open_ones)
+        return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reasons)
+    if not any(power.is_enough for power in report.power):
+        best = max((power.ratio for power in report.power), default=0.0)
+        reason = f"the adapter's effect is {best:.2g} times the tolerance: a missing adapter would hardly have shown"
+        hint = "give --probes that the adapter was trained for, or merge with a finer --dtype"
+        return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reason, hint=hint)
+    return replace(report, verdict=Verdict.PASS)
+
+
+def _reloaded(
+    merged: Checkpoint,
+    architecture: Architecture,
+    probes: Sequence[Probe],
+    reference: ReferenceRun,
+    shares: Mapping[str, Share],
+) -> SubjectReport:
+    name = "merged checkpoint, reloaded"
+    try:
+        with as_folder(merged) as folder:
+            found = run_reloaded(folder, architecture.name, probes)
+    except EvidenceError as error:
+        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts={})
+    except InconclusiveError as error:
+        return SubjectReport(name=name, verdict=Verdict.INCONCLUSIVE, reason=error.message, by_probe={}, facts={})
+    facts = {
+        "load_seconds": found.load_seconds,
+        "run_seconds": found.run_seconds,
+        "peak_bytes": found.peak_bytes,
+    }
+    lost = [entry for entry in found.missing if entry not in reference.missing]
+    if lost:
+        reason = f"{len(lost)} parameters are missing, first {lost[0]}"
+        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=reason, by_probe={}, facts=facts)
+    tolerances = {output: Tolerance(output=output, shares=(share,)) for output, share in shares.items()}
+    return compare_subject(name, found.outputs, reference.outputs, tolerances, facts)
+
+
+def _power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[Power, ...]:
+    """Effect by the widest tolerance that any subject was judged with."""
+    widest: dict[str, float] = {}
+    for bound in (bound for subject in subjects for bound in subject.tolerances):
+        widest[bound.output] = max(bound.mean, widest.get(bound.output, 0.0))
+    return tuple(
+        Power(output=entry.output, effect=entry.mean, tolerance=widest[entry.output])
+        for entry in reference.effect
+        if entry.output in widest
+    )
+
+
+def _notes(reference: ReferenceRun) -> tuple[str, ...]:
+    notes = []
+    if not reference.is_independent:
+        notes.append("shares our reader: a scale that was read wrongly would be on both sides")
+    if reference.magnitudes.warning and reference.magnitudes.verdict is Verdict.PASS:
+        notes.append(reference.magnitudes.warning)
+    return tuple(notes)
+
+
+def _unmeasured(reason: str, hint: str) -> ParityReport:
+    return ParityReport(verdict=Verdict.INCONCLUSIVE, reason=reason, hint=hint, probes={}, versions=versions())

@@ -1,0 +1,159 @@
+"""Everything that is learned from the unmerged model, in one loading of the base.
+
+In this order: the base's outputs; the unmerged model's, with the largest values at its modules' borders; then those of
+the merged model with weights rounded by chance, seed by seed. All in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_deploy.evidence.architecture import Absence, Architecture
+from lora_deploy.evidence.chanced import DTypes
+from lora_deploy.evidence.divergence import Divergence, compare_outputs, join
+from lora_deploy.evidence.forward import run_probes
+from lora_deploy.evidence.loading import as_folder, load_model
+from lora_deploy.evidence.magnitude import RangeReport, recording, summarise
+from lora_deploy.evidence.probe import SEED, Probe
+from lora_deploy.evidence.reference import Unmerged, unmerged
+from lora_deploy.evidence.tolerance import N_SEEDS
+from lora_deploy.merge.plan import MergePlan
+from lora_deploy.tensors import DType
+
+N_PASSES = 2 + N_SEEDS
+_FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReferenceRun:
+    """The reference's outputs, and what it takes to judge by them."""
+
+    outputs: Mapping[str, Mapping[str, Tensor]]
+    effect: tuple[Divergence, ...]
+    """Unmerged against base, by output."""
+    base: Mapping[str, Mapping[str, Tensor]]
+    """The base's outputs, its weights rounded once to the format of the graphs; empty where none is compared."""
+    arithmetic: tuple[Divergence, ...]
+    """The base in float32 against float64: what adding in another order may do; empty where no graph is compared."""
+    roundings: tuple[tuple[Divergence, ...], ...]
+    """Unmerged against weights rounded by chance, by seed and output."""
+    magnitudes: RangeReport
+    source: str
+    is_independent: bool
+    missing: frozenset[str]
+    """Parameters that the base does not hold and its architecture wants."""
+
+
+def run_reference(
+    plan: MergePlan,
+    architecture: Architecture,
+    probes: Sequence[Probe],
+    dtypes: DTypes,
+    advance: Callable[[int], None],
+    *,
+    graph_dtype: torch.dtype | None = None,
+) -> ReferenceRun | Absence:
+    """Run the base, the unmerged model and its roundings; with a graph's format, what its export share needs.
+
+    Raises:
+        EvidenceError: The base does not load.
+        InputError: The adapter's file is not the one that was merged.
+    """
+    n_bytes = plan.n_bytes
+    with as_folder(plan.binding.checkpoint) as folder:
+        model, missing = load_model(folder, architecture.name, **_settings(plan))
+    _resize(model, plan)
+    base = run_probes(model, probes, greedy=False)
+    stored, arithmetic = _for_graphs(model, probes, base, graph_dtype)
+    advance(n_bytes)
+    with unmerged(model, plan) as found:
+        if isinstance(found, Absence):
+            return found
+        with recording(found.modules) as magnitudes:
+            outputs = run_probes(found.model, probes)
+        advance(n_bytes)
+        effect = join(compare_outputs(outputs, base))
+        del base
+        roundings = []
+        for seed in range(N_SEEDS):
+            roundings.append(_rounding(found, outputs, probes, dtypes, SEED + seed))
+            advance(n_bytes)
+    return ReferenceRun(
+        outputs=outputs,
+        effect=effect,
+        base=stored,
+        arithmetic=arithmetic,
+        roundings=tuple(roundings),
+        magnitudes=summarise(magnitudes, applies=dtypes.usual is DType.F16),
+        source=found.source,
+        is_independent=found.is_independent,
+        missing=missing,
+    )
+
+
+def _for_graphs(
+    model: nn.Module,
+    probes: Sequence[Probe],
+    base: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype | None,
+) -> tuple[Mapping[str, Mapping[str, Tensor]], tuple[Divergence, ...]]:
+    """Run the base at the weights that a graph stores, and in float64; the model is float32 as before."""
+    if dtype is None:
+        return {}, ()
+    arithmetic = join(compare_outputs(run_probes(model.double(), probes, greedy=False), base))
+    model.float()
+    if dtype is torch.float32:
+        return base, arithmetic
+    saved = {name: parameter.data for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    stored = run_probes(model, probes, greedy=False)
+    for name, parameter in model.named_parameters():
+        parameter.data = saved[name]
+    return stored, arithmetic
+
+
+def _rounding(
+    found: Unmerged,
+    outputs: Mapping[str, Mapping[str, Tensor]],
+    probes: Sequence[Probe],
+    dtypes: DTypes,
+    seed: int,
+) -> tuple[Divergence, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    with found.rounded(dtypes, generator):
+        return join(compare_outputs(outputs, run_probes(found.model, probes, greedy=False)))
+
+
+def _settings(plan: MergePlan) -> dict[str, Any]:
+    """What the merged model's configuration changes about the shape of the base's head."""
+    labels = plan.binding.config_edits.get("id2label")
+    return {"num_labels": len(labels), "ignore_mismatched_sizes": True} if isinstance(labels, Mapping) else {}
+
+
+def _resize(model: nn.Module, plan: MergePlan) -> None:
+    """Give the base the rows that the adapter's own embedding has; PEFT then fills them."""
+    n_tokens = plan.binding.config_edits.get("vocab_size")
+    if isinstance(n_tokens, int):
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)  # type: ignore[operator]
+
+
+def needed_bytes(plan: MergePlan, probes: Sequence[Probe]) -> int:
+    """Estimate the memory of a reference run: weights and their roundings in float32, the largest in float64, outputs.
+
+    The vocabulary, where there is one, is taken for the width of every output; four sets of outputs are held.
+    """
+    elements = [tensor.spec.n_elements for tensor in plan.tensors]
+    rounded = [tensor.spec.n_elements for tensor in plan.tensors if tensor.updates or plan.dtype is not None]
+    n_positions = sum(
+        max((t.shape[0] * t.shape[-1] for t in probe.inputs.values() if t.ndim == 2), default=1) for probe in probes
+    )
+    n_tokens = plan.config.get("vocab_size", 1)
+    width = n_tokens if isinstance(n_tokens, int) else 1
+    weights = _FLOAT32_BYTES * (sum(elements) + sum(rounded)) + 3 * 8 * max(elements, default=0)
+    return weights + 4 * _FLOAT32_BYTES * n_positions * width

@@ -1,0 +1,204 @@
+"""Graphs run by onnxruntime, as a model is: inputs by name, outputs by name, the cache carried from step to step.
+
+Promise: the provider that was asked for runs, or it is said that it does not; onnxruntime itself would fall back in
+silence. What a graph wants is read from the graph: names, types and shapes of inputs; nothing is assumed of its maker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_deploy.errors import EvidenceError, InconclusiveError, RecipeError
+from lora_deploy.evidence.architecture import INSTALL_HINT, missing_packages
+from lora_deploy.evidence.graphs import GraphFolder
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+CachePlace: TypeAlias = "tuple[str, str, str]"
+"""Layer, owner (in models of two parts) and kind, keys or values; graphs of different makers name them differently."""
+_CACHE = re.compile(r"past|present")
+_CACHE_PLACE = re.compile(r"(?P<layer>\d+)\D*?(?P<owner>decoder|encoder|cross)?\D*?(?P<kind>key|value)")
+_QUIET = 3
+"""onnxruntime logs errors and nothing less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Session:
+    """One graph, loaded."""
+
+    path: Path
+    provider: str
+    """Full name of the provider that runs it."""
+    inputs: Mapping[str, Any]
+    """Nodes by name, as onnxruntime describes them."""
+    outputs: Mapping[str, Any]
+    """As inputs."""
+    cache: Mapping[str, CachePlace]
+    """Cache inputs by name, each with what it holds."""
+    _session: Any
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether it continues a text without computing it again."""
+        return bool(self.cache)
+
+    def run(self, inputs: Mapping[str, Tensor], cache: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Run the graph on the inputs it knows; a cache that is not given is empty.
+
+        Raises:
+            EvidenceError: onnxruntime does not run it.
+            InconclusiveError: It wants an input that is not given.
+        """
+        values = self.compute(self.feed(inputs, cache))
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+
+    def feed(self, inputs: Mapping[str, Tensor], cache: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Prepare inputs in the graph's own names and formats.
+
+        Raises:
+            InconclusiveError: It wants an input that is not given.
+        """
+        batch = next(iter(inputs.values())).shape[0]
+        feeds = {}
+        for name, node in self.inputs.items():
+            value = inputs.get(name) if name not in self.cache else (cache or {}).get(name)
+            if value is None and name == "token_type_ids" and "input_ids" in inputs:
+                value = torch.zeros_like(inputs["input_ids"])  # one segment
+            if value is None and name in self.cache:
+                value = torch.zeros(_empty_shape(node.shape, batch), dtype=_dtype(self.path, node))
+            if value is None:
+                raise InconclusiveError(f"{self.path}: wants an input {name} that the probes do not have")
+            feeds[name] = value.to(_dtype(self.path, node)).contiguous().numpy()
+        return feeds
+
+    def compute(self, feeds: Mapping[str, Any]) -> list[Any]:
+        """Run the graph on prepared inputs; nothing else, so that it can be timed.
+
+        Raises:
+            EvidenceError: onnxruntime does not run it.
+        """
+        try:
+            found: list[Any] = self._session.run(None, feeds)
+        except Exception as error:  # onnxruntime raises classes of its own
+            raise EvidenceError(f"{self.path}: onnxruntime does not run it: {error}") from error
+        return found
+
+    def next_cache(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take from one step's outputs what the next one continues: of this graph, or of the one that read the text."""
+        found = {_place(name): value for name, value in outputs.items() if _CACHE.search(name)}
+        return {name: found[place] for name, place in self.cache.items() if place in found}
+
+    def is_cache(self, name: str) -> bool:
+        """Whether an input or output is part of the cache."""
+        return _CACHE.search(name) is not None
+
+    @property
+    def float_type(self) -> torch.dtype:
+        """Format that it computes in, as its outputs show; float32 where they do not."""
+        types = [_TYPES.get(node.type) for node in self.outputs.values()]
+        return next((dtype for dtype in types if dtype is not None and dtype.is_floating_point), torch.float32)
+
+
+def open_session(path: Path, *, provider: str = "cpu", n_threads: int = 1) -> Session:
+    """Load a graph.
+
+    Raises:
+        RecipeError: No provider has that name.
+        InconclusiveError: onnxruntime is not installed, or the provider is not there or did not load.
+        EvidenceError: onnxruntime does not load the graph.
+    """
+    wanted = PROVIDERS.get(provider.lower())
+    if wanted is None:
+        raise RecipeError(f"provider: found {provider!r}, expected one of {', '.join(PROVIDERS)}")
+    if missing_packages("onnxruntime"):
+        raise InconclusiveError("onnxruntime is not installed: no graph can be run", hint=INSTALL_HINT)
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise InconclusiveError(
+            f"{wanted} is not in this onnxruntime, which has {', '.join(available)}",
+            hint="a verdict for one provider never stands for another; install the build that has it",
+        )
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), sess_options=_options(onnxruntime, n_threads), providers=_with_settings(wanted)
+        )
+    except Exception as error:
+        raise EvidenceError(f"{path}: onnxruntime does not load it: {error}") from error
+    if session.get_providers()[0] != wanted:
+        raise InconclusiveError(f"{path}: {wanted} did not load, onnxruntime fell back to {session.get_providers()[0]}")
+    inputs = {node.name: node for node in session.get_inputs()}
+    return Session(
+        path=path,
+        provider=wanted,
+        inputs=inputs,
+        outputs={node.name: node for node in session.get_outputs()},
+        cache={name: place for name in inputs if _CACHE.search(name) and (place := _place(name)) is not None},
+        _session=session,
+    )
+
+
+def open_folder(folder: GraphFolder, *, provider: str = "cpu", n_threads: int = 1) -> tuple[Session, Session]:
+    """Load a folder's graphs: the one that reads a text, and the one that continues it (often the same).
+
+    Raises:
+        EvidenceError, InconclusiveError, RecipeError: As ``open_session``.
+    """
+    prefill = open_session(folder.prefill, provider=provider, n_threads=n_threads)
+    if folder.decode == folder.prefill:
+        return prefill, prefill
+    return prefill, open_session(folder.decode, provider=provider, n_threads=n_threads)
+
+
+def _options(onnxruntime: Any, n_threads: int) -> Any:  # noqa: ANN401 - a package without types
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _QUIET
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _with_settings(provider: str) -> list[Any]:
+    """Settings that make float32 what it says: TensorFloat-32 is off."""
+    return [(provider, {"use_tf32": "0"})] if provider == PROVIDERS["cuda"] else [provider]
+
+
+def _place(name: str) -> CachePlace | None:
+    found = _CACHE_PLACE.search(name)
+    return (found["layer"], found["owner"] or "", found["kind"]) if found else None
+
+
+def _empty_shape(shape: list[Any], batch: int) -> list[int]:
+    """The shape of a cache that holds nothing: (batch, heads, 0, width)."""
+    sizes = [size if isinstance(size, int) else int(size) if str(size).isdigit() else None for size in shape]
+    return [batch, *(0 if size is None else size for size in sizes[1:])]
+
+
+def _dtype(path: Path, node: Any) -> torch.dtype:  # noqa: ANN401 - as above
+    if node.type not in _TYPES:
+        raise InconclusiveError(f"{path}: input {node.name} is a {node.type}, which cannot be fed from here")
+    return _TYPES[node.type]

@@ -1,0 +1,150 @@
+"""How far a correct subject may be from the reference, and whether that is small enough to see a wrong one.
+
+The tolerance is measured, not chosen. Two floors are added: the merge share, what rounding every weight once to the
+stored format does to the outputs (rounded by chance, three seeds, the largest counts); and, for graphs, the export
+share, what the same weights give in the graph and in torch. A subject passes within ``MULTIPLE`` times their sum, on
+average and at its worst position.
+
+Why 4: divergences grow with the square of an error, so this allows twice the error. Rounding to nearest has half the
+squared error of rounding by chance, so a correct merge lies at about 1/8 of the tolerance; merges of other tools, which
+round the product and the sum separately, at up to 1/3.
+
+Power: the adapter's own effect, unmerged against base, must be ``POWER`` times the tolerance. Else a missing adapter
+would pass, or nearly so, and the result is inconclusive, whatever was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_deploy.evidence.divergence import Divergence
+
+MULTIPLE = 4.0
+POWER = 10.0
+N_SEEDS = 3
+CLEAR_LEAD = 10.0
+"""A greedy choice may turn where it leads by at most this many times the largest difference that the floors show."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one unavoidable cause does to an output."""
+
+    name: str
+    mean: float
+    """Mean divergence."""
+    largest: float
+    """Divergence of the worst position."""
+    max_abs: float
+    """Largest difference of any value: what greedy choices may turn on."""
+    source: str
+    """How it was measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Bounds of one output's divergence."""
+
+    output: str
+    shares: tuple[Share, ...]
+
+    @property
+    def mean(self) -> float:
+        """Largest mean divergence that passes."""
+        return MULTIPLE * sum(share.mean for share in self.shares)
+
+    @property
+    def largest(self) -> float:
+        """Largest divergence of any position that passes."""
+        return MULTIPLE * sum(share.largest for share in self.shares)
+
+    @property
+    def clear_lead(self) -> float:
+        """Lead beyond which the best of several classes stays the best."""
+        return CLEAR_LEAD * sum(share.max_abs for share in self.shares)
+
+    def allows(self, found: Divergence) -> bool:
+        """Whether a subject's output is near enough."""
+        return found.mean <= self.mean and found.largest <= self.largest
+
+    @property
+    def reason(self) -> str:
+        """Say where it comes from."""
+        parts = " + ".join(f"{share.name} {share.mean:.2g}" for share in self.shares)
+        return f"{MULTIPLE:g} x ({parts})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {
+            "output": self.output,
+            "mean": self.mean,
+            "largest": self.largest,
+            "multiple": MULTIPLE,
+            "reason": self.reason,
+            "shares": [asdict(share) for share in self.shares],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Power:
+    """Whether a fault could have been seen in one output."""
+
+    output: str
+    effect: float
+    """Mean divergence of the unmerged model from the base: what the adapter does."""
+    tolerance: float
+
+    @property
+    def ratio(self) -> float:
+        """Effect by tolerance."""
+        if self.tolerance:
+            return self.effect / self.tolerance
+        return math.inf if self.effect else 0.0
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether a missing adapter would have failed by far."""
+        return self.ratio >= POWER
+
+    @property
+    def smallest_visible(self) -> float:
+        """The part of the adapter's effect that a fault must have to show, [0..1] where there is power."""
+        return math.sqrt(1 / self.ratio) if self.ratio else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """Give plain values."""
+        return {
+            "output": self.output,
+            "effect": self.effect,
+            "ratio": self.ratio,
+            "needed": POWER,
+            "is_enough": self.is_enough,
+            "smallest_visible": self.smallest_visible,
+        }
+
+
+def merge_share(runs: Sequence[Sequence[Divergence]], dtype: str) -> dict[str, Share]:
+    """Take the largest of several roundings by chance, by output."""
+    found: dict[str, Share] = {}
+    for run in runs:
+        for divergence in run:
+            before = found.get(divergence.output)
+            found[divergence.output] = Share(
+                name="merge",
+                mean=max(divergence.mean, before.mean if before else 0.0),
+                largest=max(divergence.largest, before.largest if before else 0.0),
+                max_abs=max(divergence.max_abs, before.max_abs if before else 0.0),
+                source=f"unmerged against weights rounded by chance to {dtype}, {len(runs)} seeds",
+            )
+    return found
+
+
+def single_share(name: str, run: Sequence[Divergence], source: str) -> dict[str, Share]:
+    """Take one comparison as a share, by output."""
+    return {
+        entry.output: Share(name=name, mean=entry.mean, largest=entry.largest, max_abs=entry.max_abs, source=source)
+        for entry in run
+    }
