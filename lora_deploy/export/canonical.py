@@ -103,6 +103,11 @@ def load_graph(path: Path) -> Proto:
     return model
 
 
+def raw_values(tensor: Proto) -> bytes:
+    """The bytes of a tensor whose values are in the graph itself."""
+    return bytes(require_onnx().numpy_helper.to_array(tensor).tobytes())
+
+
 def _sizes(value: Proto) -> tuple[int | str, ...]:
     return tuple(
         dimension.dim_value if dimension.HasField("dim_value") else dimension.dim_param
@@ -214,8 +219,7 @@ def _tensor(tensor: Proto) -> str:
     kind = f"{_dtype(tensor.data_type)}{list(tensor.dims)}"
     if tensor.data_location == onnx.TensorProto.EXTERNAL or not _is_constant(kind, tensor.dims):
         return kind
-    values = onnx.numpy_helper.to_array(tensor)
-    return f"{kind} = {hashlib.sha256(values.tobytes()).hexdigest()[:16]}"
+    return f"{kind} = {hashlib.sha256(raw_values(tensor)).hexdigest()[:16]}"
 
 
 def _is_constant(kind: str, sizes: Sequence[int]) -> bool:
