@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_deploy.errors import ExportError
 from lora_deploy.export.apply import materialise
 from lora_deploy.export.binding_table import SCHEMA, BindingTable, BoundComponent, Kept, Layout, Origin, taken_tensors
-from lora_deploy.export.drawn import external, initializers, values_of, without_metadata
+from lora_deploy.export.drawn import external, initializers, inline, values_of, without_metadata
 from lora_deploy.export.interface import Drawing
 from lora_deploy.export.matching import Matcher
 from lora_deploy.merge.shard import bytes_of
@@ -129,6 +129,8 @@ class Binder:
             if name in slots:
                 slot = self._layout.slots[slots[name]]
                 value.const_value = external(value, slot.file, slot.offset, slot.n_bytes)
+            else:
+                value.const_value = inline(value)  # a maker's own file of weights is not there any more
         path.write_bytes(without_metadata(drawing.model))
 
 

@@ -30,7 +30,7 @@ from lora_deploy.tensors import DType, TensorSpec
 FORMAT = 1
 """Counted up when the same blueprint would give another graph or table."""
 _NOT_OF_THE_GRAPH = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"})
-_MATRIX_SCALE, _VECTOR_SPREAD = 0.05, 0.25
+_VECTOR_SPREAD = 0.25
 _MAX_DRAWS = 64
 
 
@@ -160,5 +160,6 @@ def _random(spec: TensorSpec, seed: int) -> Tensor:
     if len(spec.shape) < 2:
         values = 1 + _VECTOR_SPREAD * (2 * torch.rand(spec.shape, generator=generator) - 1)
     else:
-        values = torch.randn(spec.shape, generator=generator) * _MATRIX_SCALE
+        # Outputs as large as inputs: with smaller ones attention would be even, and a wrong mask or rotation not show.
+        values = torch.randn(spec.shape, generator=generator) / math.sqrt(max(1, math.prod(spec.shape[1:])))
     return values.to(torch_dtype(spec.dtype))

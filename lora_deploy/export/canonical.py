@@ -21,7 +21,10 @@ from lora_deploy.errors import InputError
 from lora_deploy.export.extras import require_onnx
 
 MIN_WEIGHT_ELEMENTS = 64
-"""A floating or 4- or 8-bit tensor of fewer elements that is stored in the graph itself counts by value."""
+"""Where a graph holds its weights itself, a floating or 4- or 8-bit tensor of fewer elements counts by value.
+
+Where they lie in another file, everything that the graph holds does.
+"""
 _WEIGHT_TYPES = ("FLOAT", "DOUBLE", "BFLOAT16", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "COMPLEX")
 """Prefixes of the names of ONNX types that weights are stored in; other integers and booleans are constants."""
 
@@ -119,15 +122,19 @@ def _lines(path: Path) -> Iterator[Line]:
     model = load_graph(path)
     for opset in sorted(model.opset_import, key=lambda opset: opset.domain):
         yield f"opset {opset.domain or 'ai.onnx'}", f"opset {opset.domain or 'ai.onnx'} {opset.version}"
-    yield from _Scope().graph(model.graph, "graph")
+    external = _external()
+    holds_weights = not any(tensor.data_location == external for tensor in model.graph.initializer)
+    yield from _Scope(holds_weights=holds_weights).graph(model.graph, "graph")
     for function in sorted(model.functions, key=lambda function: (function.domain, function.name)):
-        yield from _Scope().function(function)
+        yield from _Scope(holds_weights=holds_weights).function(function)
 
 
 @dataclass(slots=True)
 class _Scope:
     """Values seen so far: numbered in the order of their definition, so that their names do not count."""
 
+    holds_weights: bool
+    """Whether weights lie in the graph itself, so that large tensors there may be weights."""
     numbers: dict[str, str] = field(default_factory=dict)
     dimensions: dict[str, str] = field(default_factory=dict)
 
@@ -137,7 +144,7 @@ class _Scope:
             yield f"{where} input {value.name}", f"input {self._define(value.name)} {what}"
         for tensor in graph.initializer:
             place = f"{where} initializer {tensor.name}"
-            yield place, f"initializer {self._define(tensor.name)} {_tensor(tensor)}"
+            yield place, f"initializer {self._define(tensor.name)} {self._tensor(tensor)}"
         if graph.sparse_initializer:
             yield (
                 f"{where} sparse initializers",
@@ -178,13 +185,19 @@ class _Scope:
             yield where, f"{attribute.name} {kind}"
             for graph in [attribute.g] if kind == "GRAPH" else attribute.graphs:
                 # An inner graph sees the outer values; what it defines is its own.
-                inner = _Scope(dict(self.numbers), self.dimensions)
+                inner = _Scope(self.holds_weights, dict(self.numbers), self.dimensions)
                 yield from inner.graph(graph, where)
         elif kind in {"TENSOR", "TENSORS"}:
             tensors = [attribute.t] if kind == "TENSOR" else attribute.tensors
-            yield where, f"{attribute.name} {' '.join(_tensor(tensor) for tensor in tensors)}"
+            yield where, f"{attribute.name} {' '.join(self._tensor(tensor) for tensor in tensors)}"
         else:
             yield where, f"{attribute.name} {onnx.helper.get_attribute_value(attribute)!r}"
+
+    def _tensor(self, tensor: Proto) -> str:
+        kind = f"{_dtype(tensor.data_type)}{list(tensor.dims)}"
+        if tensor.data_location == _external() or (self.holds_weights and not _is_constant(kind, tensor.dims)):
+            return kind
+        return f"{kind} = {hashlib.sha256(raw_values(tensor)).hexdigest()[:16]}"
 
     def _define(self, name: str) -> str:
         self.numbers[name] = f"%{len(self.numbers)}"
@@ -210,16 +223,13 @@ class _Scope:
         return self.dimensions.setdefault(dimension.dim_param, f"d{len(self.dimensions)}")
 
 
+def _external() -> int:
+    """The mark of a tensor whose values lie in another file."""
+    return int(require_onnx().TensorProto.EXTERNAL)
+
+
 def _dtype(number: int) -> str:
     return str(require_onnx().TensorProto.DataType.Name(number))
-
-
-def _tensor(tensor: Proto) -> str:
-    onnx = require_onnx()
-    kind = f"{_dtype(tensor.data_type)}{list(tensor.dims)}"
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or not _is_constant(kind, tensor.dims):
-        return kind
-    return f"{kind} = {hashlib.sha256(raw_values(tensor)).hexdigest()[:16]}"
 
 
 def _is_constant(kind: str, sizes: Sequence[int]) -> bool:

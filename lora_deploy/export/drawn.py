@@ -42,6 +42,13 @@ def external(value: Value, file: str, offset: int, n_bytes: int) -> Any:  # noqa
     return ir.ExternalTensor(file, offset, n_bytes, tensor.dtype, shape=tensor.shape, name=value.name)
 
 
+def inline(value: Value) -> Any:  # noqa: ANN401
+    """A tensor like the initializer's whose values lie in the graph itself, wherever they were read from."""
+    ir = require_onnx_ir()
+    tensor = value.const_value
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=tensor.shape, name=value.name)
+
+
 def without_metadata(model: Model) -> bytes:
     """The graph as a file: no stack traces, paths, or other things that differ from machine to machine."""
     ir = require_onnx_ir()

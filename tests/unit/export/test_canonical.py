@@ -70,6 +70,22 @@ def test_weights_do_not_count_wherever_they_lie(tmp_path: Path) -> None:
     assert canonical_digest(left) == canonical_digest(right)
 
 
+def test_a_large_constant_counts_where_the_weights_lie_elsewhere(tmp_path: Path) -> None:
+    def graph(name: str, value: float) -> Path:
+        model = _model()
+        table = numpy_helper.from_array(np.full((64, 8), value, np.float32), "cos_cache")
+        model.graph.initializer.append(table)
+        path = _saved(tmp_path, name, model, save_as_external_data=True, location=f"{name}.data", size_threshold=0)
+        stored = onnx.load(str(path), load_external_data=False)
+        stored.graph.initializer[-1].CopyFrom(table)
+        onnx.save(stored, str(path))
+        return path
+
+    difference = first_difference(graph("a.onnx", 1.0), graph("b.onnx", 2.0))
+    assert difference is not None
+    assert difference.startswith("graph initializer cos_cache: ")
+
+
 def _add_node(model: Any) -> None:
     model.graph.node.insert(1, helper.make_node("Identity", ["y"], ["copy"]))
     model.graph.node[2].input[0] = "copy"

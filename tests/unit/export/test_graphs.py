@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from torch import Tensor
 
 from lora_deploy.artifact import cache_root
 from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.binding_table import Taken
 from lora_deploy.export.blueprint import write_synthetic
+from lora_deploy.export.canonical import load_graph
 from lora_deploy.export.graphs import graph_of, is_cached
 from tests.unit.export.hand_made import HandMaker, checkpoint, model_of, plain, planned, weights
 
@@ -171,6 +173,27 @@ def test_a_large_constant_is_kept_beside_the_graph(tmp_path: Path) -> None:
     graphs = graph_of(plan.blueprint, plan.maker)
     assert (graphs.folder / "constants.bin").read_bytes() == table.numpy().tobytes()
     assert (graphs.folder / "model.onnx").stat().st_size < 10_000
+
+
+def test_constants_are_in_the_graph_wherever_a_maker_kept_them(tmp_path: Path) -> None:
+    constant = torch.arange(512, dtype=torch.float32).reshape(64, 8)
+
+    class FileMaker(HandMaker):
+        """Writes graph and weights to files and loads them, as a maker that is a program of its own must."""
+
+        def draw(self, task: Any) -> Any:
+            for drawing in super().draw(task):
+                path = tmp_path / f"drawn-{drawing.seed}.onnx"
+                onnx_ir.save(drawing.model, path, external_data="model.onnx.data", size_threshold_bytes=0)
+                yield replace(drawing, model=onnx_ir.load(path))
+
+    plan = planned(checkpoint(tmp_path / "m"), FileMaker(lambda tensors: plain(tensors, table=constant)))
+    graphs = graph_of(plan.blueprint, plan.maker)
+    stored = {tensor.name: tensor for tensor in load_graph(graphs.folder / "model.onnx").graph.initializer}
+    assert {name for name, tensor in stored.items() if tensor.external_data} == set(
+        graphs.table.components["model"].slots
+    )
+    assert numpy_helper.to_array(stored["table"]).tobytes() == constant.numpy().tobytes()
 
 
 def test_two_that_make_the_same_graph_at_once_both_get_it(tmp_path: Path) -> None:
