@@ -56,6 +56,6 @@ def bench(
     from lora_deploy.evidence.latency import LatencyOptions
 
     options = LatencyOptions(bound=latency_bound, seconds=seconds, provider=provider, n_threads=threads)
-    found = pipeline.bench(folder, against=against, options=options)
+    found = pipeline.bench(folder, against=against, options=options, progress=screen.progress())
     screen.publish({"folder": folder, "against": against, **found.to_json()})
     show_bench(screen, found, folder, against)

@@ -190,7 +190,7 @@ def _merged_by_chance(
                 elif isinstance(update, Addition):
                     value = value + update.scale.value * update.values.double().view(value.shape)
             rounded = dtypes.round(place.tensor.spec.name, value, generator)
-            setattr(place.module, place.attribute, nn.Parameter(rounded.to(torch.float32), requires_grad=False))
+            setattr(place.module, place.attribute, nn.Parameter(rounded, requires_grad=False))
             skip.add(id(place.parameter))
         for hook in hooks:
             hook.is_on = False

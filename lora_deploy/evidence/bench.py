@@ -9,6 +9,7 @@ from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import EvidenceError, InputError
 from lora_deploy.evidence.graphs import GraphFolder, find_graphs
 from lora_deploy.evidence.latency import LatencyOptions, LatencyReport, Prove, check_latency
+from lora_deploy.merge.progress import Progress
 
 
 def bench(
@@ -17,6 +18,7 @@ def bench(
     against: str | PathLike[str] | None = None,
     options: LatencyOptions | None = None,
     prove: Prove | None = None,
+    progress: Progress | None = None,
 ) -> LatencyReport:
     """Time the graphs in a folder; without another one to compare with, beside themselves, which shows the noise.
 
@@ -27,7 +29,7 @@ def bench(
     """
     merged = _graphs(Path(folder))
     base = _graphs(Path(against)) if against is not None else merged
-    report = check_latency(merged, base, _config(merged), options, prove=prove)
+    report = check_latency(merged, base, _config(merged), options, prove=prove, progress=progress)
     if not report.measurements:
         raise EvidenceError(f"{folder}: {report.reason}")
     return report

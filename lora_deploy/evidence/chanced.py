@@ -13,7 +13,8 @@ from lora_deploy.evidence.chance import round_by_chance
 from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import DType, TensorSpec
 
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 19
+"""Fits the cache of a core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,16 +37,20 @@ class DTypes:
         return cls(by_name={name: spec.dtype for name, spec in floating.items()}, usual=usual)
 
     def round(self, name: str, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Round values by chance, block by block; gives float32 (float64 for what is stored so)."""
+        """Round values by chance, block by block; gives float32."""
         dtype = self.by_name.get(name, self.usual)
         if dtype is DType.F64:
-            return values
-        flat = values.reshape(-1)
-        blocks = [
-            round_by_chance(flat[k : k + _BLOCK_ELEMENTS].to(torch.float64), dtype, generator).to(torch.float32)
-            for k in range(0, flat.numel(), _BLOCK_ELEMENTS)
-        ]
-        return torch.cat(blocks).view(values.shape) if blocks else values
+            return values.to(torch.float32)
+        flat, found = values.reshape(-1), torch.empty(values.numel())
+        for k in range(0, flat.numel(), _BLOCK_ELEMENTS):
+            block = slice(k, k + _BLOCK_ELEMENTS)
+            found[block] = round_by_chance(flat[block], dtype, generator)
+        return found.view(values.shape)
+
+    @property
+    def working(self) -> torch.dtype:
+        """The format to merge in before rounding: much finer than any stored one."""
+        return torch.float64 if self.usual in {DType.F32, DType.F64} else torch.float32
 
     def holds(self, name: str, values: Tensor) -> bool:
         """Whether values are of the stored format already, so that rounding leaves them."""
@@ -75,7 +80,7 @@ def rounded_parameters(
                 if id(parameter) in skip or not parameter.is_floating_point() or dtypes.holds(full, parameter.data):
                     continue
                 saved.append((module, name, parameter))
-                value = dtypes.round(full, parameter.detach(), generator).to(torch.float32)
+                value = dtypes.round(full, parameter.detach(), generator)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         yield
     finally:

@@ -50,12 +50,17 @@ def gather(
         chosen = ParityOptions(probes=options.probes)
         parity = check_parity(plan, open_merged(folder), chosen, graphs=graphs, progress=progress)
     if options.includes(Check.LATENCY):
-        latency = _latency(merged, base, plan, options, prove)
+        latency = _latency(merged, base, plan, options, prove, progress)
     return Evidence(replay=replayed, parity=parity, latency=latency)
 
 
 def _latency(
-    merged: GraphFolder | None, base: GraphFolder | None, plan: MergePlan, options: VerifyOptions, prove: Prove | None
+    merged: GraphFolder | None,
+    base: GraphFolder | None,
+    plan: MergePlan,
+    options: VerifyOptions,
+    prove: Prove | None,
+    progress: Progress | None,
 ) -> LatencyReport | NotApplicable:
     if merged is None:
         return _NO_GRAPHS
@@ -64,4 +69,4 @@ def _latency(
         reason = "there is no graph of the base to compare with"
         proof = Proof(is_equal=None, reason=reason)
         return LatencyReport(verdict=Verdict.INCONCLUSIVE, reason=reason, proof=proof, options=chosen)
-    return check_latency(merged, base, plan.config, chosen, prove=prove)
+    return check_latency(merged, base, plan.config, chosen, prove=prove, progress=progress)

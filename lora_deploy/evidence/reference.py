@@ -162,7 +162,7 @@ def _modules_of_the_merged(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _merged_by_chance(model: nn.Module, dtypes: DTypes, generator: torch.Generator) -> Iterator[None]:
-    """Merge with PEFT's own code, in float64, layer by layer; then round every parameter by chance."""
+    """Merge with PEFT's own code, layer by layer, finer than what is stored; then round every parameter by chance."""
     outer = list(_outer_layers(model))
     saved: list[tuple[nn.Module, str, nn.Parameter]] = []
     merged: list[Any] = []
@@ -177,8 +177,9 @@ def _merged_by_chance(model: nn.Module, dtypes: DTypes, generator: torch.Generat
             ]
             saved += parts
             for module, name, parameter in parts:
-                setattr(module, name, nn.Parameter(parameter.detach().to(torch.float64), requires_grad=False))
-            layer.double()
+                own = parameter.detach().to(dtypes.working, copy=True)
+                setattr(module, name, nn.Parameter(own, requires_grad=False))
+            layer.to(dtypes.working)
             for inner in reversed(list(_layers(layer))):
                 merged.append(inner)
                 with torch.no_grad(), warnings.catch_warnings():
@@ -187,7 +188,7 @@ def _merged_by_chance(model: nn.Module, dtypes: DTypes, generator: torch.Generat
             for module, name, _ in parts:
                 full = plain_name(f"{names[id(module)]}.{name}")
                 value = dtypes.round(full, getattr(module, name).detach(), generator)
-                setattr(module, name, nn.Parameter(value.to(torch.float32), requires_grad=False))
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
                 rounded.add(id(getattr(module, name)))
             layer.float()
             rounded |= {id(p) for _, p in layer.named_parameters()}

@@ -92,10 +92,19 @@ class Measurement:
         return found
 
 
-def measure(sides: Mapping[str, Load], *, bound: float, seconds: float, seed: int, clock: str = CPU) -> Measurement:
+def measure(
+    sides: Mapping[str, Load],
+    *,
+    bound: float,
+    seconds: float,
+    seed: int,
+    clock: str = CPU,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Measurement:
     """Measure sides against the one called ``base``; judge the one called ``merged``.
 
-    Other sides (the base again, a contrast) are measured in the pairs before the first look, and told.
+    Other sides (the base again, a contrast) are measured in the pairs before the first look, and told. ``advance`` is
+    called with 1 after each pair.
     """
     generator, started = random.Random(seed), time.monotonic()  # noqa: S311 - an order, no secret
     found = Measurement(seed=seed, bound=bound, clock=clock)
@@ -110,6 +119,7 @@ def measure(sides: Mapping[str, Load], *, bound: float, seconds: float, seed: in
         if not found.n_rounds:
             found.n_rounds = _n_rounds(sides, seconds)
         found.pairs.append(_pair(present, found.n_rounds, generator))
+        advance(1)
         last = time.monotonic() - begun
         if k + 1 in LOOKS:
             found.looks.append(look(found.sample(MERGED), bound))

@@ -2,12 +2,13 @@
 
 The tolerance is measured, not chosen. Two floors are added: the merge share, what rounding every weight once to the
 stored format does to the outputs (rounded by chance, three seeds, the largest counts); and, for graphs, the export
-share, what the same weights give in the graph and in torch. A subject passes within ``MULTIPLE`` times their sum, on
-average and at its worst position.
+share, what the same weights give in the graph and in torch. A subject passes when its mean divergence is within
+``MULTIPLE`` times the floors' mean, and its worst position within ``WORST_MULTIPLE`` times their worst.
 
-Why 4: divergences grow with the square of an error, so this allows twice the error. Rounding to nearest has half the
-squared error of rounding by chance, so a correct merge lies at about 1/8 of the tolerance; merges of other tools, which
-round the product and the sum separately, at up to 1/3.
+Why 6 and 16: divergences grow with the square of an error, so this allows 2.4 times the floor's error on average, and 4
+times at the one worst of some 150 positions, which varies by as much from seed to seed. Rounding to nearest has half
+the squared error of rounding by chance: right merges of ours lie at 0.04 to 0.15 of the tolerance, PEFT's own, which
+may round factors, product and sum separately, at up to 0.36 (36 merges of tiny models, in all its modes and formats).
 
 Power: the adapter's own effect, unmerged against base, must be ``POWER`` times the tolerance. Else a missing adapter
 would pass, or nearly so, and the result is inconclusive, whatever was measured.
@@ -22,7 +23,8 @@ from typing import Any
 
 from lora_deploy.evidence.divergence import Divergence
 
-MULTIPLE = 4.0
+MULTIPLE = 6.0
+WORST_MULTIPLE = 16.0
 POWER = 10.0
 N_SEEDS = 3
 CLEAR_LEAD = 10.0
@@ -59,7 +61,7 @@ class Tolerance:
     @property
     def largest(self) -> float:
         """Largest divergence of any position that passes."""
-        return MULTIPLE * sum(share.largest for share in self.shares)
+        return WORST_MULTIPLE * sum(share.largest for share in self.shares)
 
     @property
     def clear_lead(self) -> float:
@@ -83,6 +85,7 @@ class Tolerance:
             "mean": self.mean,
             "largest": self.largest,
             "multiple": MULTIPLE,
+            "worst_multiple": WORST_MULTIPLE,
             "reason": self.reason,
             "shares": [asdict(share) for share in self.shares],
         }

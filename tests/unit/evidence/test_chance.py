@@ -13,7 +13,7 @@ FORMATS = [DType.F16, DType.BF16, DType.F32]
 
 
 def rounded(values: torch.Tensor, dtype: DType, seed: int = 0) -> torch.Tensor:
-    return round_by_chance(values, dtype, torch.Generator().manual_seed(seed))
+    return round_by_chance(values, dtype, torch.Generator().manual_seed(seed)).to(torch.float64)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
