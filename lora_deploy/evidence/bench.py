@@ -8,8 +8,11 @@ from pathlib import Path
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import EvidenceError, InputError
 from lora_deploy.evidence.graphs import GraphFolder, find_graphs
-from lora_deploy.evidence.latency import LatencyOptions, LatencyReport, Prove, check_latency
+from lora_deploy.evidence.latency import LatencyOptions, LatencyReport, check_latency, prove_by
+from lora_deploy.export.canonical import canonical_digest, first_difference
 from lora_deploy.merge.progress import Progress
+
+_PROVE = prove_by(canonical_digest, first_difference)
 
 
 def bench(
@@ -17,7 +20,6 @@ def bench(
     *,
     against: str | PathLike[str] | None = None,
     options: LatencyOptions | None = None,
-    prove: Prove | None = None,
     progress: Progress | None = None,
 ) -> LatencyReport:
     """Time the graphs in a folder; without another one to compare with, beside themselves, which shows the noise.
@@ -29,7 +31,7 @@ def bench(
     """
     merged = _graphs(Path(folder))
     base = _graphs(Path(against)) if against is not None else merged
-    report = check_latency(merged, base, _config(merged), options, prove=prove, progress=progress)
+    report = check_latency(merged, base, _config(merged), options, prove=_PROVE, progress=progress)
     if not report.measurements:
         raise EvidenceError(f"{folder}: {report.reason}")
     return report

@@ -1,6 +1,7 @@
 """The base, exported as the merged model was: what merged graphs are compared with.
 
-Promise: same maker, options and stored dtypes; the base's weights are cast as the merge casts what it does not touch.
+Promise: same maker, options, stored dtypes and edits (a head of the adapter's own, a larger vocabulary, an untied
+embedding), without its deltas; weights are cast as the merge casts what it does not touch.
 Where the graph is in the cache, as it is after the merged export, only weights are written; they are removed again.
 """
 
@@ -22,6 +23,8 @@ from lora_deploy.export.record import ExportRecord
 from lora_deploy.export.sources import PlanSource
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
+from lora_deploy.updates.replacement import Replacement
+from lora_deploy.validate import Binding
 
 
 @contextmanager
@@ -29,10 +32,6 @@ def exported_base(
     plan: MergePlan, record: ExportRecord, progress: Progress | None = None
 ) -> Iterator[GraphFolder | str]:
     """Export the base of a merge as ``record`` says that the merged model was; give a reason where that cannot be."""
-    changed = _changed_shape(plan)
-    if changed:
-        yield f"the adapter changes what the graph is ({changed}), so the base has no such graph"
-        return
     cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="base-", dir=cache_root()) as made:
         folder = Path(made) / "onnx"
@@ -46,15 +45,19 @@ def exported_base(
         yield found
 
 
-def _changed_shape(plan: MergePlan) -> str:
-    """Name a tensor that the base does not have like that, or a setting that the merge changes; empty without one."""
-    binding = plan.binding
-    added = (name for name, source in binding.outputs.items() if source is None)
-    return next(iter((*binding.shapes, *added, *binding.config_edits)), "")
+def _without_deltas(binding: Binding) -> Binding:
+    """The base with the same edits (law 8): of what the adapters change, only tensors that the base lacks like that."""
+    edited = {name for name, source in binding.outputs.items() if source is None} | set(binding.shapes)
+    updates = {
+        name: tuple(entry for entry in entries if isinstance(entry.update, Replacement))
+        for name, entries in binding.updates.items()
+        if name in edited
+    }
+    return replace(binding, updates=updates)
 
 
 def _export(plan: MergePlan, record: ExportRecord, folder: Path, progress: Progress | None) -> None:
-    bare = plan_merge(replace(plan.binding, updates={}), plan.options, companions=plan.companions)
+    bare = plan_merge(_without_deltas(plan.binding), plan.options, companions=plan.companions)
     chosen = record.options
     options = ExportOptions(
         dtype=chosen["dtype"], provider=chosen["provider"], layout=chosen["layout"], maker=chosen["maker"]

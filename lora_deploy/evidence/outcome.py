@@ -48,6 +48,8 @@ class Outcome(StrEnum):
     """``config.json`` contradicts the weights or the plan."""
     WRONG_LAYOUT = "wrong-layout"
     """The tensors are right, the file is not the planned one byte for byte."""
+    WRONG_GRAPH = "wrong-graph"
+    """An exported graph reads other weights than the merged ones."""
 
     @property
     def is_sound(self) -> bool:

@@ -1,0 +1,101 @@
+"""``verify`` on a merged folder with graphs: the base is exported beside it, every byte that graphs read is replayed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+from transformers import BertForSequenceClassification
+
+from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.latency import LatencyReport
+from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.outcome import Outcome
+from lora_deploy.evidence.parity_report import ParityReport
+from lora_deploy.evidence.replay import ReplayReport
+from lora_deploy.evidence.verdict import Check, Verdict
+from lora_deploy.export.binding_table import BindingTable
+from lora_deploy.pipeline import verify
+from tests.parity.exports import Case, prepare
+from tests.peer.models import bert, llama
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("decoder")
+    return prepare(llama(hidden_size=32, head_dim=8), "all-linear", folder, init_lora_weights=False)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    model = bert(BertForSequenceClassification, num_labels=3)
+    options = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "init_lora_weights": False}
+    return prepare(model, ["query", "value"], tmp_path_factory.mktemp("classifier"), **options)
+
+
+def checked(folder: Path, *only: Check) -> Evidence:
+    return verify(folder, options=VerifyOptions(only=only, seconds=3))
+
+
+def damaged(case: Case, folder: Path) -> Path:
+    shutil.copytree(case.merged, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["decoder", "classifier"])
+def test_weights_outputs_and_graphs_of_an_export_are_proven(name: str, request: pytest.FixtureRequest) -> None:
+    case = request.getfixturevalue(name)
+    found = checked(case.merged)
+    assert isinstance(found.replay, ReplayReport)
+    assert found.replay.verdict is Verdict.PASS, found.replay.faults
+    assert isinstance(found.parity, ParityReport)
+    assert found.parity.verdict is Verdict.PASS, found.parity.reason
+    assert any(subject.name.startswith("onnx") for subject in found.parity.subjects)
+    shares = {share.name for s in found.parity.subjects for bound in s.tolerances for share in bound.shares}
+    assert shares == {"merge", "export"}
+    assert isinstance(found.latency, LatencyReport)
+    assert found.latency.proof.is_equal, found.latency.proof.reason
+    assert found.latency.verdict is not Verdict.INCONCLUSIVE
+
+
+def test_a_changed_byte_of_the_graphs_weights_is_found(decoder: Case, tmp_path: Path) -> None:
+    folder = damaged(decoder, tmp_path / "merged")
+    table = BindingTable.model_validate_json((folder / "onnx" / "binding_table.json").read_bytes())
+    slot = next(slot for slot in table.slots if slot.file == "prefill.onnx.data" and len(slot.shape) == 2)
+    path = folder / "onnx" / slot.file
+    content = bytearray(path.read_bytes())
+    content[slot.offset + slot.n_bytes - 1] ^= 1
+    path.write_bytes(content)
+    report = checked(folder, Check.REPLAY).replay
+    assert isinstance(report, ReplayReport)
+    assert report.verdict is Verdict.FAIL
+    assert [entry.outcome for entry in report.faults] == [Outcome.WRONG_GRAPH]
+    assert f"prefill.onnx.data: byte {slot.offset}: " in report.faults[0].message
+
+
+def test_an_initializer_that_reads_another_place_is_named(decoder: Case, tmp_path: Path) -> None:
+    folder = damaged(decoder, tmp_path / "merged")
+    path = folder / "onnx" / "decode.onnx"
+    model = onnx.load(path, load_external_data=False)
+    one, other, *_ = (t for t in model.graph.initializer if t.external_data and list(t.dims) == [32, 32])
+    for mine, theirs in zip(one.external_data, other.external_data, strict=True):
+        mine.value, theirs.value = theirs.value, mine.value
+    path.write_bytes(model.SerializeToString())
+    report = checked(folder, Check.REPLAY).replay
+    assert isinstance(report, ReplayReport)
+    assert report.verdict is Verdict.FAIL
+    assert {one.name, other.name} == {entry.message.split(": ")[1] for entry in report.faults}
+
+
+def test_an_export_of_other_weights_is_not_this_merges(decoder: Case, tmp_path: Path) -> None:
+    folder = damaged(decoder, tmp_path / "merged")
+    shutil.rmtree(folder / "onnx")
+    shutil.copytree(decoder.base_export.root, folder / "onnx")
+    report = checked(folder, Check.REPLAY).replay
+    assert isinstance(report, ReplayReport)
+    assert report.verdict is Verdict.FAIL
+    assert all(entry.outcome is Outcome.WRONG_GRAPH for entry in report.faults)
