@@ -54,6 +54,15 @@ def require_onnxruntime() -> ModuleType:
     return _require("onnxruntime", "cpu")
 
 
+def require_genai() -> ModuleType:
+    """Import onnxruntime-genai.
+
+    Raises:
+        ExportError: It is not installed.
+    """
+    return _require("onnxruntime_genai", "genai")
+
+
 def require_transformers_exporters() -> ModuleType:
     """Import the exporters of transformers, with all that they need.
 

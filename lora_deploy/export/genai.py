@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.errors import ExportError, Finding, Severity
-from lora_deploy.export.extras import installed_version, require_onnx_ir
+from lora_deploy.export.extras import require_genai, require_onnx_ir
 from lora_deploy.export.interface import Drawing, GraphTask
-from lora_deploy.export.loading import load_model
+from lora_deploy.export.loading import load_model, quiet
 from lora_deploy.export.runtime import open_session
 from lora_deploy.export.trial import deviation
 from lora_deploy.rounding import torch_dtype
@@ -75,10 +75,7 @@ MAKER = GenaiMaker()
 
 
 def _require(task: GraphTask) -> None:
-    if all(installed_version(name) is None for name in ("onnxruntime-genai", "onnxruntime-genai-cuda")):
-        raise ExportError(
-            "onnxruntime-genai is not installed", hint="pip install 'lora-deploy[genai]'", code="extra-missing"
-        )
+    require_genai()
     if task.dtype is DType.F16 and task.provider == "cpu":
         raise ExportError(
             "--layout genai: onnxruntime-genai cannot generate in float16 on the CPU",
@@ -115,7 +112,8 @@ def _tried(graph: Path, checkpoint: Path, task: GraphTask) -> tuple[Finding, ...
         return (Finding(code="untried", severity=Severity.WARN, target="model", message=message),)
     import torch
 
-    model = load_model(checkpoint, task.dtype)
+    with quiet():
+        model = load_model(checkpoint, task.dtype)
     ids = torch.randint(model.config.vocab_size // 4, model.config.vocab_size // 2, (1, 7))
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError
-from lora_deploy.export.extras import require_onnxruntime, require_transformers_exporters
+from lora_deploy.export.extras import require_genai, require_onnxruntime, require_transformers_exporters
 from lora_deploy.export.record import ExportRecord, read_record
 from lora_deploy.export.runtime import open_session
 
@@ -107,9 +107,10 @@ def answer(
     record = read_record(folder)
     tokenizer = _tokenizer(folder)
     ids = _prompt_ids(tokenizer, prompt, is_raw=is_raw)
-    decoder, ends = Decoder(folder, record), _end_tokens(folder)
+    tokens = _tokens(folder, record, ids, len(ids) + max_tokens)
+    ends = _end_tokens(folder)
     told, found, times = "", [], [time.monotonic()]
-    for token in decoder.tokens(ids):
+    for token in tokens:
         times.append(time.monotonic())
         if token in ends:
             break
@@ -128,6 +129,26 @@ def answer(
         prefill_s=times[1] - times[0],
         decode_s=times[-1] - times[1],
     )
+
+
+def _tokens(folder: Path, record: ExportRecord, prompt: Sequence[int], max_length: int) -> Iterator[int]:
+    if record.options["layout"] != "genai":
+        return Decoder(folder, record).tokens(prompt)
+    genai = require_genai()
+    try:
+        model = genai.Model(str(folder))
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=max_length, do_sample=False)
+        return _generated(genai.Generator(model, parameters), prompt)
+    except Exception as error:  # its own errors are of no class of their own
+        raise ExportError(f"{folder}: onnxruntime-genai refuses it: {' '.join(str(error).split())[:500]}") from error
+
+
+def _generated(generator: Any, prompt: Sequence[int]) -> Iterator[int]:  # noqa: ANN401 - of onnxruntime-genai
+    generator.append_tokens(list(prompt))
+    while not generator.is_done():
+        generator.generate_next_token()
+        yield int(generator.get_next_tokens()[0])
 
 
 def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a tokenizer of transformers

@@ -91,14 +91,12 @@ def test_an_independent_export_of_the_merged_model_is_the_same_graph_with_the_sa
     with quiet():
         independent = OnnxExporter().export(stage.module, dict(stage.inputs), config).program
     ours = onnx.load(str(classifier.exported.graphs["model"]))
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in ours.graph.initializer}
-    bound = classifier.exported.root / "binding_table.json"
-    slots = BindingTable.model_validate_json(bound.read_text()).components["model"].slots
-    theirs = initializers(independent)
-    assert set(theirs) == set(values)
-    for name, value in theirs.items():
-        assert values_of(value).numpy().tobytes() == values[name].tobytes(), name
-        if name in slots:
+    bound = (classifier.exported.root / "binding_table.json").read_text()
+    slots = BindingTable.model_validate_json(bound).components["model"].slots
+    # In order, because names are counted: those of folded values depend on how often the graph was copied.
+    for tensor, value in zip(ours.graph.initializer, initializers(independent).values(), strict=True):
+        assert values_of(value).numpy().tobytes() == numpy_helper.to_array(tensor).tobytes(), tensor.name
+        if tensor.name in slots:
             value.const_value = external(value, "elsewhere", 0, value.const_value.nbytes)
     path = tmp_path / "independent.onnx"
     path.write_bytes(without_metadata(independent))
