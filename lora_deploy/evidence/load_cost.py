@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from lora_deploy.errors import EvidenceError, LoraDeployError
 from lora_deploy.evidence.graphs import GraphFolder, find_graphs
+from lora_deploy.evidence.peak import peak_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +46,14 @@ def main(graph: Path, provider: str) -> int:
     found = find_graphs(graph.parent) or find_graphs(graph)
     try:
         assert found is not None  # noqa: S101 - the caller found it
-        before, started = _peak_bytes(), time.monotonic()
+        before, started = peak_bytes(), time.monotonic()
         open_folder(found, provider=provider)
     except LoraDeployError as error:
         print(error.message, file=sys.stderr)  # noqa: T201 - how the child answers
         return error.exit_code
-    seconds, peak = time.monotonic() - started, _peak_bytes()
+    seconds, peak = time.monotonic() - started, peak_bytes()
     print(json.dumps({"load_seconds": seconds, "added_bytes": peak - before, "peak_bytes": peak}))  # noqa: T201 - as above
     return 0
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import nn
 
 from lora_deploy.adapter import Adapter
 from lora_deploy.adapters.interface import ReadOptions
+from lora_deploy.adapters.open import CONFIG_NAME
 from lora_deploy.artifact import sha256_of
 from lora_deploy.errors import InputError
 from lora_deploy.evidence.activation import beside
@@ -96,12 +97,16 @@ def unmerged(model: nn.Module, plan: MergePlan) -> Iterator[Unmerged | Absence]:
 
 
 def _check_unchanged(adapter: Adapter) -> None:
-    found = sha256_of(adapter.path)
-    if found != adapter.sha256:
-        raise InputError(
-            f"{adapter.path}: sha256 {found[:12]}…, merged was {adapter.sha256[:12]}…: not the adapter that was merged",
-            code="input-changed",
-        )
+    expected = {adapter.path: adapter.sha256}
+    if adapter.config_sha256 is not None:
+        expected[adapter.path.parent / CONFIG_NAME] = adapter.config_sha256
+    for path, sha256 in expected.items():
+        found = sha256_of(path)
+        if found != sha256:
+            raise InputError(
+                f"{path}: sha256 {found[:12]}…, merged was {sha256[:12]}…: not the adapter that was merged",
+                code="input-changed",
+            )
 
 
 def _with_peft(model: nn.Module, adapter: Adapter) -> Unmerged | Absence:
@@ -137,7 +142,7 @@ def _peft_folder(adapter: Adapter) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="lora-deploy-") as made:
         folder = Path(made)
-        (folder / "adapter_config.json").symlink_to((adapter.path.parent / "adapter_config.json").resolve())
+        (folder / CONFIG_NAME).symlink_to((adapter.path.parent / CONFIG_NAME).resolve())
         name = _PEFT_NAMES[0 if adapter.path.suffix == ".safetensors" else 1]
         (folder / name).symlink_to(adapter.path.resolve())
         yield folder

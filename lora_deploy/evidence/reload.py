@@ -7,7 +7,6 @@ would, in float32. A child that ends badly is reported with what it said, and ne
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_deploy.errors import EvidenceError, InconclusiveError
+from lora_deploy.evidence.peak import peak_bytes
 from lora_deploy.evidence.probe import Probe
 
 _DOES_NOT_RUN = 3
@@ -109,7 +109,7 @@ def main(folder: Path, architecture: str, exchange: Path, n_threads: int) -> int
         missing=sorted(missing),
         load_seconds=loaded - started,
         run_seconds=time.monotonic() - loaded,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=peak_bytes(),
     )
     flat = {f"{probe}{_SEPARATOR}{name}": t.contiguous() for probe, out in outputs.items() for name, t in out.items()}
     save_file(flat, exchange / "outputs.safetensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,14 @@ def merged_case(
     read: ReadOptions | None = None,
     bind_options: BindOptions | None = None,
     n_adapters: int = 1,
+    config_edits: Mapping[str, Any] | None = None,
     **saving: Any,
 ) -> Case:
     """Train, merge, and give the plan with both; several adapters are the same one again."""
     trained = train(model.float(), config, folder, **saving)
+    if config_edits:
+        path = trained.adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(config_edits)))
     adapters = [read_adapter(trained.adapter, read)] * n_adapters
     plan = plan_merge(
         bind(adapters, open_base(str(trained.base)), bind_options),

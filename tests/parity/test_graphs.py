@@ -1,17 +1,26 @@
-"""Graphs beside the unmerged model: reading, decoding over a cache, greedy tokens; each fault has its own measure."""
+"""Graphs beside the unmerged model: reading, decoding over a cache, greedy tokens; each fault has its own measure.
+
+Times are taken for a few seconds: that they are there is tested here; whether they are equal is for quiet machines.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import TensorProto, helper, save
 
-from lora_deploy.errors import EvidenceError, InconclusiveError, RecipeError
+from lora_deploy.cli import main
+from lora_deploy.errors import EvidenceError, InconclusiveError, InputError, RecipeError
+from lora_deploy.evidence.bench import bench
 from lora_deploy.evidence.graph_parity import Graphs
 from lora_deploy.evidence.graphs import find_graphs
+from lora_deploy.evidence.latency import LatencyOptions
+from lora_deploy.evidence.load_cost import load_cost
 from lora_deploy.evidence.onnx_subject import decode_start, decoded_rows
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.probe import Probe
@@ -170,3 +179,39 @@ def test_decoded_rows_are_the_last_real_positions_of_each_row() -> None:
     assert decode_start(probe) == 2
     rows = torch.arange(7).reshape(7, 1)  # 2 of the first row, 5 of the second
     assert decoded_rows(probe, rows).flatten().tolist() == [0, 1, 4, 5, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+QUICK = LatencyOptions(seconds=2.0)
+
+
+def test_two_folders_are_timed_in_fresh_pairs(exported: Exported) -> None:
+    report = bench(exported.merged.root, against=exported.base.root, options=QUICK)
+    (found,) = report.measurements
+    assert len(found.pairs) >= 1
+    assert set(found.sample("merged")) == {"prefill", "decode"}
+    assert all(seconds > 0 for pair in found.pairs for times in pair.medians.values() for seconds in times.values())
+    assert set(report.costs) == {"base", "merged"}
+    assert all(cost.peak_bytes > cost.added_bytes > 0 for cost in report.costs.values())
+    assert report.verdict in set(Verdict)
+
+
+def test_a_childs_peak_memory_is_not_its_parents(exported: Exported) -> None:
+    ballast = torch.ones(200_000_000)  # 800 MB, resident in this process alone
+    assert load_cost(exported.merged).peak_bytes < 4 * ballast.numel()
+
+
+def test_the_command_prints_times_or_one_document(exported: Exported) -> None:
+    arguments = ["bench", str(exported.merged.root), "--seconds", "1", "--latency-bound", "5%"]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0, shown.stderr
+    assert "prefill" in shown.stdout
+    assert "peak memory" in shown.stdout
+    document = CliRunner().invoke(main, [*arguments, "--json"])
+    assert json.loads(document.stdout)["bound"] == pytest.approx(0.05)
+
+
+def test_a_folder_without_graphs_is_refused(exported: Exported) -> None:
+    with pytest.raises(InputError, match="holds no exported graphs"):
+        bench(exported.case.merged.root)

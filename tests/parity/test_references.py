@@ -186,14 +186,32 @@ def test_peft_is_given_the_file_that_was_merged_or_none(tmp_path: Path) -> None:
         case.parity()
 
 
-def test_what_peft_does_not_load_whole_is_inconclusive(tmp_path: Path) -> None:
+def test_pefts_configuration_is_the_one_that_was_read(tmp_path: Path) -> None:
     case = merged_case(llama(), LINEAR, tmp_path)
     config = case.trained.adapter / "adapter_config.json"
-    config.write_text(config.read_text().replace('"r": 4', '"r": 5'))
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    with pytest.raises(InputError, match=r"adapter_config.json: .* not the adapter that was merged"):
+        case.parity()
+
+
+def test_what_peft_does_not_load_whole_is_inconclusive(tmp_path: Path) -> None:
+    case = merged_case(llama(), lora("q_proj"), tmp_path, config_edits={"target_modules": ["q_proj", "k_proj"]})
     report = case.parity()
     assert report.verdict is Verdict.INCONCLUSIVE
-    assert "peft" in report.reason
+    assert "does not load all of the adapter: Found missing adapter keys" in report.reason
+
+
+def test_what_peft_does_not_load_at_all_is_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", refuse)
+    report = merged_case(llama(), LINEAR, tmp_path).parity()
+    assert report.verdict is Verdict.INCONCLUSIVE
     assert "does not load" in report.reason
+    assert "not this one" in report.reason
 
 
 def test_without_peft_it_is_inconclusive_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
