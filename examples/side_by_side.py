@@ -3,19 +3,25 @@
 The unmerged and the merged model are not the same numbers: the merged weights were rounded once, to the dtype they are
 stored in. So their logits differ a little, and where the two best tokens are nearly equal either may win. Therefore the
 rule: the largest difference of any logit is measured, and where the best token leads the second by more than ten times
-that difference at every step of a reply, both models must give exactly the same tokens.
+that difference at every step of a reply, both models must give exactly the same tokens, and so must the merged model's
+graphs.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
+from lora_deploy.export.generate import Decoder
+from lora_deploy.export.record import read_record
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -39,12 +45,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One prompt, answered by the three models."""
+    """One prompt, answered by the three models, and by the graphs of the merged one."""
 
     prompt: str
     base: Reply
     unmerged: Reply
     merged: Reply
+    onnx: Reply
+    """Of the merged model's exported graphs; margins unknown."""
     logit_error: float
     """Largest difference of any logit between unmerged and merged, along the unmerged reply."""
 
@@ -66,6 +74,17 @@ def greedy_reply(model: PreTrainedModel, prompt_tokens: Sequence[int], *, max_ne
         tokens=tuple(done.sequences[0, prompt.shape[1] :].tolist()),
         margins=tuple((best_two[:, 0] - best_two[:, 1]).tolist()),
     )
+
+
+def graphs_reply(folder: Path, prompt_tokens: Sequence[int], *, ends: Container[int], max_new_tokens: int) -> Reply:
+    """Continue the prompt with the best token at every step, by the graphs of an export."""
+    decoder = Decoder(folder, read_record(folder))
+    tokens: list[int] = []
+    for token in islice(decoder.tokens(prompt_tokens), max_new_tokens):
+        tokens.append(token)
+        if token in ends:
+            break
+    return Reply(tokens=tuple(tokens), margins=())
 
 
 def reply_logits(model: PreTrainedModel, prompt_tokens: Sequence[int], reply: Reply) -> torch.Tensor:
@@ -99,14 +118,15 @@ def faults(comparisons: Sequence[Comparison]) -> list[str]:
     if not selected:
         found.append("no prompt is decisive: every reply has a step within ten times the logit error")
     found += [
-        f"{comparison.prompt!r}: unmerged and merged give different tokens"
+        f"{comparison.prompt!r}: unmerged and {name} give different tokens"
         for comparison in selected
-        if comparison.unmerged.tokens != comparison.merged.tokens
+        for name, reply in (("merged", comparison.merged), ("onnx", comparison.onnx))
+        if comparison.unmerged.tokens != reply.tokens
     ]
     found += [
         f"{comparison.prompt!r}: {name} says what the base says"
         for comparison in comparisons
-        for name, reply in (("unmerged", comparison.unmerged), ("merged", comparison.merged))
+        for name, reply in (("unmerged", comparison.unmerged), ("merged", comparison.merged), ("onnx", comparison.onnx))
         if reply.tokens == comparison.base.tokens
     ]
     return found

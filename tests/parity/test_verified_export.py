@@ -1,4 +1,4 @@
-"""``verify`` on a merged folder with graphs: the base is exported beside it, every byte that graphs read is replayed."""
+"""``verify`` on a merged folder with graphs: the base is exported as well, every byte that graphs read is replayed."""
 
 from __future__ import annotations
 

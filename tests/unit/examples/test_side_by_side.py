@@ -28,6 +28,7 @@ def comparison(side_by_side: ModuleType) -> Any:
         base=side_by_side.Reply(tokens=(1, 2), margins=(1.0, 1.0)),
         unmerged=adapted,
         merged=adapted,
+        onnx=side_by_side.Reply(tokens=adapted.tokens, margins=()),
         logit_error=0.01,
     )
 
@@ -58,6 +59,11 @@ def test_other_tokens_on_a_decisive_prompt_are_a_fault(side_by_side: ModuleType,
     assert side_by_side.faults([comparison, changed]) == ["'why?': unmerged and merged give different tokens"]
 
 
+def test_other_tokens_of_the_graphs_are_a_fault(side_by_side: ModuleType, comparison: Any) -> None:
+    changed = dataclasses.replace(comparison, onnx=side_by_side.Reply(tokens=(4, 5), margins=()))
+    assert side_by_side.faults([comparison, changed]) == ["'why?': unmerged and onnx give different tokens"]
+
+
 def test_other_tokens_are_allowed_where_a_step_is_nearly_a_tie(side_by_side: ModuleType, comparison: Any) -> None:
     close = dataclasses.replace(comparison.unmerged, margins=(3.0, 0.09, 2.0))
     other = dataclasses.replace(comparison.merged, tokens=(4, 9, 9))
@@ -84,6 +90,7 @@ def test_saying_what_the_base_says_is_a_fault_for_both(side_by_side: ModuleType,
     assert side_by_side.faults([same]) == [
         "'why?': unmerged says what the base says",
         "'why?': merged says what the base says",
+        "'why?': onnx says what the base says",
     ]
 
 
