@@ -77,7 +77,7 @@ def test_the_wheel_carries_the_license_and_the_extras(wheel: Path) -> None:
         lines = archive.read(metadata).decode().splitlines()
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"cpu", "gpu", "export", "demo", "dev"}
+    assert extras == {"cpu", "gpu", "fast", "export", "genai", "demo", "dev"}
 
 
 def test_the_installed_package_is_the_wheels_and_not_the_checkouts(environment: Environment) -> None:
