@@ -16,18 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
-from typing import TypeAlias
 
 from pydantic import TypeAdapter
 
-from lora_deploy.adapter import Adapter, BaseHint
 from lora_deploy.adapters.interface import ReadOptions
-from lora_deploy.adapters.open import read_adapter
 from lora_deploy.bases import open_base
-from lora_deploy.bases.hub import is_hub_id, local_folder
-from lora_deploy.bases.quantised import sixteen_bit_original
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef, open_checkpoint
 from lora_deploy.companions import companion_files
 from lora_deploy.errors import (
@@ -61,11 +56,12 @@ from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, read_record
+from lora_deploy.references import Reference, References, named_base, read_named, several
 from lora_deploy.updates.interface import Update
-from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding, BindOptions, bind
 
 __all__ = [
+    "Reference",
     "answer_prompt",
     "base_artifacts",
     "bench",
@@ -87,13 +83,6 @@ __all__ = [
     "verify",
 ]
 
-_ADAPTER_FILES = ("adapter_*", "*.safetensors", "*.bin", "*.json", "*.txt", "*.jinja", "*.model")
-"""What of an adapter's hub repository is fetched: weights, configuration, and what may travel with them."""
-
-Reference: TypeAlias = "str | PathLike[str]"
-"""A path, or a hub id ``owner/name[@revision]``."""
-References: TypeAlias = "Reference | Sequence[Reference]"
-
 
 def inspect(adapter: Reference, *, read_options: ReadOptions | None = None) -> Inspection:
     """Measure an adapter without its base.
@@ -101,7 +90,7 @@ def inspect(adapter: Reference, *, read_options: ReadOptions | None = None) -> I
     Raises:
         InputError: The file is not an adapter that can be read.
     """
-    return inspect_adapter(_read(adapter, read_options))
+    return inspect_adapter(read_named(adapter, read_options))
 
 
 def validate(
@@ -119,7 +108,7 @@ def validate(
         InputError: A file is not what it claims to be.
         RecipeError: No base is named, or the options contradict each other.
     """
-    read = [_read(adapter, read_options) for adapter in _several(adapters)]
+    read = [read_named(adapter, read_options) for adapter in several(adapters)]
     checkpoint = open_base(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
     return bind(read, checkpoint, bind_options)
 
@@ -199,7 +188,7 @@ def plan_of_export(
     """
     options = export_options or ExportOptions()
     source: WeightSource
-    if _several(adapters):
+    if several(adapters):
         if folder is not None:
             raise RecipeError(
                 f"{fspath(folder)}: found a merged folder and adapters, expected one of the two",
@@ -332,9 +321,9 @@ def _plan_of_folder(
                 hint="give none but --adapter and --base, which say where the inputs lie now",
             )
         record = read_record(root)
-        planned = _recorded_plan(record, _several(adapters), base, options, progress)
+        planned = _recorded_plan(record, several(adapters), base, options, progress)
         return planned, _promises_bytes(record, planned)
-    if not _several(adapters):
+    if not several(adapters):
         raise RecipeError(f"{root}: has no {RECORD_NAME}, so what was merged is unknown", hint="pass --adapter")
     planned = plan(
         adapters,
@@ -383,66 +372,6 @@ def default_output(planned: MergePlan) -> Path:
     return Path("+".join(adapter.name for adapter in planned.binding.adapters) + "-merged")
 
 
-def named_base(adapters: Sequence[Adapter]) -> str:
-    """Find the base that adapters name or carry.
-
-    Raises:
-        RecipeError: None of them does, or they name different ones.
-        InputError: By its name it is quantised, and the hint is the 16-bit original's name.
-    """
-    named = {hint: adapter for adapter in adapters if (hint := _as_reference(adapter.base_hint))}
-    if len({hint.partition("@")[0] for hint in named}) > 1 or len({hint for hint in named if "@" in hint}) > 1:
-        listed = ", ".join(f"{adapter.name} names {hint}" for hint, adapter in named.items())
-        raise RecipeError(f"adapters were trained on different bases: {listed}", hint="choose one with --base")
-    if named:
-        base = max(named, key=lambda hint: "@" in hint)
-        _refuse_quantised_name(named[base], base)
-        return base
-    carriers = {adapter.path for adapter in adapters if _carries_base(adapter)}
-    if len(carriers) == 1:
-        return str(carriers.pop())
-    paths = ", ".join(str(adapter.path) for adapter in adapters)
-    raise RecipeError(
-        f"{paths}: names no base, neither in its configuration nor in its header", hint="pass --base", code="no-base"
-    )
-
-
-def _as_reference(hint: BaseHint) -> str:
-    if not hint.name:
-        return ""
-    return f"{hint.name}@{hint.revision}" if hint.revision and not Path(hint.name).exists() else hint.name
-
-
-def _refuse_quantised_name(adapter: Adapter, base: str) -> None:
-    original = None if Path(base).exists() else sixteen_bit_original(base.partition("@")[0])
-    if original is not None:
-        raise InputError(
-            f"{adapter.path}: was trained on {base}, which is quantised: packed weights cannot take an update",
-            hint=f"merge it into the 16-bit original: --base {original}",
-            code="quantised-base",
-        )
-
-
-def _carries_base(adapter: Adapter) -> bool:
-    """Whether the file holds every tensor that it changes: one state dict with the LoRA parameters in it."""
-    changed = {entry.target for entry in adapter.updates if not isinstance(entry.update, Replacement)}
-    return bool(changed) and changed <= adapter.base_names
-
-
-def _read(adapter: Reference, options: ReadOptions | None) -> Adapter:
-    """Read an adapter from where a path or a hub id leads."""
-    path = Path(adapter).expanduser()
-    if not path.exists() and is_hub_id(fspath(adapter)):
-        path, _ = local_folder(fspath(adapter), _ADAPTER_FILES)
-        if options and options.adapter_name:  # PEFT saves adapters of other names than "default" in sub-folders
-            local_folder(fspath(adapter), _ADAPTER_FILES, within=options.adapter_name)
-    return read_adapter(path, options)
-
-
-def _several(references: References) -> Sequence[Reference]:
-    return [references] if isinstance(references, str | PathLike) else references
-
-
 def _merged_folder(folder: Reference | None) -> Path:
     root = Path(folder) if folder is not None else Path()
     if folder is None and not (root / RECORD_NAME).is_file():
@@ -462,7 +391,7 @@ def _recorded_plan(
     """Plan the recorded merge again, from inputs that are proven to be the recorded ones."""
     read_options = TypeAdapter(ReadOptions).validate_python(record.options["read"])
     bind_options = TypeAdapter(BindOptions).validate_python(record.options["bind"])
-    read = [_read(adapter, read_options) for adapter in adapters or [entry.path for entry in record.adapters]]
+    read = [read_named(adapter, read_options) for adapter in adapters or [entry.path for entry in record.adapters]]
     _check_digests(
         "adapter",
         {str(adapter.path): adapter.sha256 for adapter in read},
