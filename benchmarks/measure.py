@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_POLL_S = 0.02
+_POLL_S = 0.05
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,7 @@ class Run:
     cpu_s: float
     """User and system time of the command and its children."""
     peak_private_bytes: int
-    """Largest sum of anonymous resident memory over the command's processes, sampled every 20 ms."""
+    """Largest sum of anonymous resident memory over the command's processes, sampled every 50 ms."""
 
 
 def measure(command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> Run:
@@ -50,17 +51,16 @@ def measure(command: Sequence[str], log: Path, environment: dict[str, str] | Non
 
 def _private_bytes(session: int) -> int:
     total = 0
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for name in os.listdir("/proc"):  # noqa: PTH208 - names are enough
         try:
-            if os.getsid(int(status.parent.name)) == session:
-                total += _anonymous(status.read_text())
+            if name.isdigit() and os.getsid(int(name)) == session:
+                total += _anonymous(name)
         except OSError:
             continue  # it ended meanwhile
     return total
 
 
-def _anonymous(status: str) -> int:
-    for line in status.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _anonymous(process: str) -> int:
+    with open(f"/proc/{process}/statm", "rb", buffering=0) as stream:  # noqa: PTH123 - so that watching costs nothing
+        _, resident, shared, *_ = stream.read(256).split()
+    return (int(resident) - int(shared)) * _PAGE_BYTES

@@ -1,6 +1,6 @@
 """``python -m lora_deploy`` is the command ``lora-deploy``."""
 
-from lora_deploy.cli import main
+from lora_deploy.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

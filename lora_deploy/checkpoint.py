@@ -74,6 +74,14 @@ class Checkpoint:
         first = self.data_starts[spec.file] + spec.start
         return memoryview(self._map(spec.file))[first + start : first + end]
 
+    def fetch(self, name: str, start: int, stop: int) -> None:
+        """Have the system begin to read what ``read`` will map; touching it page by page would wait for each."""
+        spec = self.tensors[name]
+        first = self.data_starts[spec.file] + spec.start
+        page = (first + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            self._map(spec.file).madvise(mmap.MADV_WILLNEED, page, first + stop - page)
+
     def _map(self, file: str) -> mmap.mmap:
         mapped = self._maps.get(file)
         if mapped is None:

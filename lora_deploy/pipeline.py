@@ -47,7 +47,7 @@ from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
 from lora_deploy.merge.compose import versions
-from lora_deploy.merge.execute import Merged, execute
+from lora_deploy.merge.execute import Merged, execute, is_done
 from lora_deploy.merge.identity import base_artifacts
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
@@ -64,6 +64,7 @@ __all__ = [
     "estimate",
     "execute",
     "inspect",
+    "is_done",
     "merge",
     "named_base",
     "plan",
@@ -321,6 +322,8 @@ def _read(adapter: Reference, options: ReadOptions | None) -> Adapter:
     path = Path(adapter).expanduser()
     if not path.exists() and is_hub_id(fspath(adapter)):
         path, _ = local_folder(fspath(adapter), _ADAPTER_FILES)
+        if options and options.adapter_name:  # PEFT saves adapters of other names than "default" in sub-folders
+            local_folder(fspath(adapter), _ADAPTER_FILES, within=options.adapter_name)
     return read_adapter(path, options)
 
 

@@ -12,8 +12,9 @@ import json
 import math
 import os
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,8 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _FLUSH_BYTES = 1 << 25
+N_HASHED_BEHIND = 2
+"""Chunks that are written and wait for the hasher, at most."""
 _MAX_DIMENSION = 1 << 48
 _OTHER_FORMATS = {b"PK\x03\x04": "a zip archive, as torch.save writes", b"GGUF": "a GGUF file", b"\x80\x02": "a pickle"}
 
@@ -98,18 +101,20 @@ def write_file(path: Path, header: bytes, chunks: Iterable[memoryview], *, root:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256(header)
     n_bytes, n_flushing = len(header), 0
+    hashing: deque[Future[None]] = deque()
     try:
         try:
             with temporary.open("wb", buffering=0) as stream, ThreadPoolExecutor(1, "hash") as hasher:
                 descriptor = stream.fileno()
                 write_all(descriptor, memoryview(header))
                 for chunk in chunks:
-                    hashed = hasher.submit(digest.update, chunk)  # while the system copies or the disk lags
+                    hashing.append(hasher.submit(digest.update, chunk))  # while the system copies or the disk lags
                     write_all(descriptor, chunk)
-                    hashed.result()
+                    if len(hashing) > N_HASHED_BEHIND:
+                        hashing.popleft().result()
                     n_bytes += chunk.nbytes
                     n_flushing = _begin_flush(descriptor, n_flushing, n_bytes)
-                os.fsync(descriptor)
+                os.fsync(descriptor)  # leaving the block waits for the hasher
             temporary.replace(path)
             sync_folder(path.parent)
         except OSError as error:

@@ -6,6 +6,7 @@ what is returned is a snapshot of one commit, and its name is that commit.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,10 +40,11 @@ def is_hub_id(reference: str) -> bool:
     return (bool(_ID.match(name)) or name in _OLD_IDS) and (not revision or bool(_REVISION.match(revision)))
 
 
-def local_folder(reference: str, patterns: Sequence[str]) -> tuple[Path, str]:
+def local_folder(reference: str, patterns: Sequence[str], *, within: str = "") -> tuple[Path, str]:
     """Give the folder of a snapshot that holds the files named by shell patterns, and its commit.
 
-    Files in sub-folders are left out. Nothing is fetched that the cache holds.
+    ``within`` is a sub-folder that is fetched in place of the repository's own files; others are left out. Nothing is
+    fetched that the cache holds.
 
     Raises:
         InputError: No such repository or revision, or it needs a licence to be accepted.
@@ -53,9 +55,13 @@ def local_folder(reference: str, patterns: Sequence[str]) -> tuple[Path, str]:
 
     name, _, revision = reference.partition("@")
     repository = f"{_OLD_IDS[name]}/{name}" if name in _OLD_IDS else name
+    inside = f"{glob.escape(within)}/" if within else ""
     try:
         folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=[*patterns], ignore_patterns=["*/*", "consolidated*"]
+            repository,
+            revision=revision or None,
+            allow_patterns=[inside + pattern for pattern in patterns],
+            ignore_patterns=[f"{inside}*/*", "consolidated*"],
         )
     except errors.GatedRepoError as error:
         hint = "accept its licence on the hub, then set HF_TOKEN"

@@ -7,6 +7,10 @@ catches ``LoraDeployError``: one clear line, a hint, and the exit code of its fa
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -73,6 +77,20 @@ def main() -> None:
       lora-deploy verify   7-merged                   its bytes and its answers, proven
       lora-deploy bench    7-merged                   how fast its graphs are
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
+
+
+def run() -> None:
+    """Be the program: run ``main`` and end, without taking apart what the tensor library made, which takes a second."""
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    atexit._run_exitfuncs()  # noqa: SLF001 - what Python does at this point
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 for _command in (inspect, validate, merge, verify, bench):

@@ -99,7 +99,10 @@ def merge(
     if dry_run:
         estimate = pipeline.estimate(plan, output)
         show_plan(screen, plan, output, estimate)
-        pipeline.require_disk(output, estimate.n_output_bytes)
+        if pipeline.is_done(plan, output, progress=screen.progress()):
+            screen.line(f"{output} holds this merge already: nothing would be written")
+        else:
+            pipeline.require_disk(output, estimate.n_output_bytes)
         return
     screen.findings(plan.findings)
     screen.resumes = f"; the same command resumes {output}"

@@ -112,7 +112,7 @@ def compare(
     n_bytes = sum(comparison.stored.n_bytes for comparison in comparisons)
     with (
         reporting(progress, "replaying", n_bytes) as advance,
-        local_workers(footprint.n_workers, footprint.n_ahead, device) as workers,
+        local_workers(footprint.n_workers, footprint.n_ahead, device, is_compiled=footprint.is_compiled) as workers,
     ):
         for chunk, _, _ in workers.evaluate(checks()):
             advance(chunk.stop - chunk.start)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_deploy.errors import DiskSpaceError, MemoryBudgetError
+from lora_deploy.merge.compiled import COMPILED_BYTES, pays
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.shard import CHUNK_ELEMENTS, DEFINED_BLOCK_ELEMENTS
 from lora_deploy.merge.workspace import TILE_ELEMENTS
+from lora_deploy.safetensors_file import N_HASHED_BEHIND
 from lora_deploy.tensors import Region
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
@@ -30,6 +32,7 @@ _DEFINED_BYTES = 48
 """Bytes an element of a block of kinds defined in float64: a few float64 intermediates."""
 _WHOLE_BYTES = 72
 """Bytes an element of a tensor that a factorisation needs whole: float64 input, factors, workspace."""
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _DISK_BYTES_PER_S = 350e6
 _ELEMENTS_PER_S = 2.5e8
 """What one worker merges: 4 ns an element, measured on the machine of benchmarks/README.md."""
@@ -45,6 +48,8 @@ class Footprint:
     """Chunks computed or waiting to be written at any time."""
     peak_bytes: int
     """Private memory, interpreter included."""
+    is_compiled: bool
+    """Whether 16-bit results are computed in one compiled pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +68,13 @@ class Estimate:
 def private_bytes() -> int:
     """Anonymous resident memory of this process: what it holds and shares with nobody."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        with open("/proc/self/statm", "rb", buffering=0) as stream:  # noqa: PTH123 - asked for often, and this is quick
+            _, resident, shared, *_ = stream.read(256).split()
+        return (int(resident) - int(shared)) * _PAGE_BYTES
     except OSError:
-        pass
-    import resource
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def fit(plan: MergePlan) -> Footprint:
@@ -82,10 +86,15 @@ def fit(plan: MergePlan) -> Footprint:
     start = private_bytes()
     allowed = allowed_bytes(plan)
     most = plan.options.n_workers or usable_cores()
-    for n_workers, chunk in [(most, CHUNK_ELEMENTS), (most, TILE_ELEMENTS), (1, TILE_ELEMENTS)]:
+    cuts = [(most, CHUNK_ELEMENTS, False), (most, TILE_ELEMENTS, False), (1, TILE_ELEMENTS, False)]
+    for n_workers, chunk, is_compiled in [(most, CHUNK_ELEMENTS, True), *cuts] if pays(plan) else cuts:
         n_ahead = 2 * n_workers + 1
         peak = start + _SLACK_BYTES + _work_bytes(plan, n_workers, chunk, n_ahead)
-        footprint = Footprint(n_workers=n_workers, chunk_elements=chunk, n_ahead=n_ahead, peak_bytes=peak)
+        if is_compiled:
+            peak += COMPILED_BYTES
+        footprint = Footprint(
+            n_workers=n_workers, chunk_elements=chunk, n_ahead=n_ahead, peak_bytes=peak, is_compiled=is_compiled
+        )
         if peak <= allowed:
             break
     else:
@@ -157,7 +166,7 @@ def _work_bytes(plan: MergePlan, n_workers: int, chunk_elements: int, n_ahead: i
     chunk = max(chunk_elements, widest)
     widest_element = max((tensor.spec.dtype.n_bytes for tensor in plan.tensors), default=1)
     tile = max(TILE_ELEMENTS, widest)
-    exact = (n_ahead + 1) * chunk * widest_element + n_workers * tile * (_TILE_BYTES + _SETTLED_BYTES)
+    exact = (n_ahead + 1 + N_HASHED_BEHIND) * chunk * widest_element + n_workers * tile * (_TILE_BYTES + _SETTLED_BYTES)
     largest_factors = max((_factor_bytes(tensor) for tensor in plan.tensors), default=0)
     defined = max((_defined_bytes(tensor, n_workers) for tensor in plan.tensors), default=0)
     return exact + 2 * largest_factors + defined

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_deploy.errors import NonFiniteTensorError
+from lora_deploy.merge.compiled import merge_in_one_pass
 from lora_deploy.merge.factors import UNIT, Factors
 from lora_deploy.merge.workspace import Workspace
 from lora_deploy.rounding import BITS, largest, round_fraction, round_once, round_pair, torch_dtype
@@ -90,7 +91,8 @@ def merge_rows(
     facts = BlockFacts(n_elements=merged.numel())
     if merged.numel():
         block = _Block(weights=weights, factors=factors, first_row=rows.start or 0, merged=merged, dtype=dtype)
-        for flat, values in _merge_tiles(block, workspace, facts):
+        is_done = workspace.is_compiled and _merge_compiled(block, facts)
+        for flat, values in () if is_done else _merge_tiles(block, workspace, facts):
             _settle(block, flat, values, facts)
         if dtype in {DType.F32, DType.F64}:
             facts.max_abs = _max_abs(merged)
@@ -109,6 +111,21 @@ class _Block:
     """Row of the region that the block begins with."""
     merged: Tensor
     dtype: DType
+
+
+def _merge_compiled(block: _Block, facts: BlockFacts) -> bool:
+    """Levels 1 and 2 in one pass over memory, then what it leaves; false where that cannot be, with nothing counted."""
+    rows = slice(block.first_row, block.first_row + len(block.weights))
+    found = merge_in_one_pass(block.weights, block.merged, block.factors, rows)
+    if found is None:
+        return False
+    facts.weight_square += found.weight_square
+    facts.error_square += found.error_square
+    facts.max_abs = max(facts.max_abs, _size(found.max_bits, block.merged.dtype))
+    facts.n_underflowed += found.n_underflowed
+    if len(found.positions):
+        _settle(block, found.positions, found.values, facts)
+    return True
 
 
 def _merge_tiles(block: _Block, workspace: Workspace, facts: BlockFacts) -> Iterator[tuple[Tensor, Tensor]]:

@@ -41,6 +41,9 @@ from lora_deploy.merge.record import RECORD_NAME, MergeRecord
 from lora_deploy.merge.shard import chunks
 from lora_deploy.safetensors_file import write_file
 
+_CHUNKS_A_SAMPLE = 8
+"""Memory is looked at once in so many chunks: asking takes the interpreter's lock from the workers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Merged:
@@ -90,6 +93,19 @@ def execute(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> 
     return Merged(root=root, record=done, was_done=True)
 
 
+def is_done(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> bool:
+    """Whether ``out`` holds this very merge already; nothing is written.
+
+    Raises:
+        OutputExistsError: As ``execute`` would.
+    """
+    out = out.resolve()
+    _refuse_inputs_inside(plan, out)
+    has_record = (out / RECORD_NAME).is_file()
+    digest = identity_digest(identify(plan, progress)) if has_record else ""
+    return find_done(out, digest, fresh=plan.options.fresh) is not None
+
+
 def _refuse_inputs_inside(plan: MergePlan, out: Path) -> None:
     binding = plan.binding
     for path in (binding.checkpoint.root, *(adapter.path for adapter in binding.adapters)):
@@ -113,7 +129,7 @@ def _carry_out(
         (partial / shard.file).unlink(missing_ok=True)
     with (
         reporting(progress, "merging", sum(shard.n_bytes for shard in rest)) as advance,
-        local_workers(footprint.n_workers, footprint.n_ahead, device) as workers,
+        local_workers(footprint.n_workers, footprint.n_ahead, device, is_compiled=footprint.is_compiled) as workers,
     ):
         for shard in rest:
             result, shard_peak = _merge_shard(plan, shard, partial, workers, footprint, digest, advance)
@@ -162,10 +178,11 @@ def _merge_shard(
             for tensor in shard.tensors
             for chunk in chunks(tensor, plan.binding.checkpoint, workers.device, footprint.chunk_elements)
         )
-        for chunk, view, seen in workers.evaluate(parts):
+        for number, (chunk, view, seen) in enumerate(workers.evaluate(parts)):
             if chunk.compute is not None:
                 facts.setdefault(chunk.tensor.spec.name, BlockFacts()).add(seen)
-            peak = max(peak, private_bytes())
+            if number % _CHUNKS_A_SAMPLE == 0:
+                peak = max(peak, private_bytes())
             yield view
             advance(view.nbytes)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lora_deploy.merge.single import SingleFactors
 from lora_deploy.updates.low_rank import LowRank
 
 UNIT = 2.0**-53
@@ -37,8 +39,17 @@ class Factors:
         self.row_reach = self.left.abs() @ _largest_of_rows(self.right)
         """(n_rows,): bound of Σ|s·up|·|down| over each row."""
         self.is_finite = bool(self.left.isfinite().all()) and bool(self.right.isfinite().all())
+        self.largest = max(
+            (float(matrix.abs().max()) for matrix in (self.left, self.right) if matrix.numel()), default=0.0
+        )
+        """Of all elements of ``left`` and ``right``."""
         self.is_plain = all(map(_is_plain, self.updates))
         """Whether float64 arithmetic on them has no over- or underflow; if not, only rationals tell the truth."""
+
+    @cached_property
+    def single(self) -> SingleFactors:
+        """As the compiled pass takes them; of the CPU."""
+        return SingleFactors(self.left, self.right)
 
     @property
     def rank(self) -> int:

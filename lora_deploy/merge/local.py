@@ -23,9 +23,10 @@ from lora_deploy.merge.workspace import Workspace, full_precision
 class Workers:
     """Threads that evaluate chunks, each with a workspace of its own."""
 
-    def __init__(self, n_workers: int, n_ahead: int, device: torch.device) -> None:
+    def __init__(self, n_workers: int, n_ahead: int, device: torch.device, *, is_compiled: bool = False) -> None:
         self.n_ahead = n_ahead
         self.device = device
+        self.is_compiled = is_compiled
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(n_workers, "merge", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -51,7 +52,7 @@ class Workers:
     def _evaluate(self, chunk: Chunk) -> tuple[memoryview, BlockFacts]:
         workspace = getattr(self._local, "workspace", None)
         if workspace is None:
-            workspace = self._local.workspace = Workspace(self.device)
+            workspace = self._local.workspace = Workspace(self.device, is_compiled=self.is_compiled)
         return chunk.evaluate(workspace)
 
     def close(self) -> None:
@@ -60,7 +61,9 @@ class Workers:
 
 
 @contextmanager
-def local_workers(n_workers: int, n_ahead: int, device: torch.device) -> Iterator[Workers]:
+def local_workers(
+    n_workers: int, n_ahead: int, device: torch.device, *, is_compiled: bool = False
+) -> Iterator[Workers]:
     """Start workers and stop them again, with torch's thread count and precision as they were.
 
     An accelerator gets two workers at least: one moves rows while the other computes.
@@ -68,7 +71,7 @@ def local_workers(n_workers: int, n_ahead: int, device: torch.device) -> Iterato
     n_threads = torch.get_num_threads()
     on_device = device.type != "cpu"
     with full_precision() if on_device else nullcontext():
-        workers = Workers(max(n_workers, 2) if on_device else n_workers, n_ahead, device)
+        workers = Workers(max(n_workers, 2) if on_device else n_workers, n_ahead, device, is_compiled=is_compiled)
         try:
             yield workers
         finally:

@@ -36,8 +36,8 @@ from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.updates.token_rows import TokenRows
 
-CHUNK_ELEMENTS = 1 << 21
-"""Elements of a chunk: what one worker computes at a time."""
+CHUNK_ELEMENTS = 1 << 20
+"""Elements of a chunk: what one worker computes at a time. Larger ones leave the cache before they are written."""
 COPY_BYTES = 1 << 23
 DEFINED_BLOCK_ELEMENTS = 1 << 20
 """Block of kinds that are evaluated in float64: part of their definition, because products may depend on it."""
@@ -102,6 +102,7 @@ def chunks(
 def _copied(tensor: PlannedTensor, source: TensorSpec, checkpoint: Checkpoint) -> Iterator[Chunk]:
     for start in range(0, tensor.spec.n_bytes, COPY_BYTES):
         stop = min(start + COPY_BYTES, tensor.spec.n_bytes)
+        checkpoint.fetch(source.name, start, stop)
         copied = checkpoint.read(source.name, start, stop)
         yield Chunk(tensor=tensor, start=start, stop=stop, copied=copied)
 
@@ -152,7 +153,15 @@ class _RegionMerge:
             rows = slice(first, min(first + step, n_rows))
             start = (self.region.offset + rows.start * n_cols) * size
             stop = (self.region.offset + rows.stop * n_cols) * size
+            self._fetch(rows)
             yield Chunk(tensor=self.tensor, start=start, stop=stop, compute=partial(self._compute, rows))
+
+    def _fetch(self, rows: slice) -> None:
+        source = self.tensor.source
+        if source is not None and source.shape == self.tensor.spec.shape:
+            size, n_cols = source.dtype.n_bytes, self.region.n_cols
+            start = self.region.offset + rows.start * n_cols
+            self.checkpoint.fetch(source.name, start * size, (start + (rows.stop - rows.start) * n_cols) * size)
 
     @property
     def _place(self) -> Place:

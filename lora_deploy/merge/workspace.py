@@ -27,8 +27,10 @@ _REDUCING = (
 class Workspace:
     """Buffers and stream of one worker, reused from tile to tile; not shared between threads."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_compiled: bool = False) -> None:
         self.device = device
+        self.is_compiled = is_compiled and device.type == "cpu"
+        """Whether 16-bit results are computed in one compiled pass where that can be."""
         self.tile_elements = TILE_ELEMENTS if device.type == "cpu" else DEVICE_TILE_ELEMENTS
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._views: dict[tuple[str, torch.dtype, int, int], Tensor] = {}

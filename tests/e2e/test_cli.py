@@ -236,6 +236,15 @@ def test_a_dry_run_writes_nothing_and_foretells_the_merge(trained: Trained, here
     assert set(foretold["tensors"]["merged"]) == {name for name in tensors_of(trained.base) if "_proj" in name}
 
 
+def test_a_dry_run_foretells_what_is_in_the_way(trained: Trained, merged: Path, tmp_path: Path) -> None:
+    command = ["merge", trained.adapter, "--base", trained.base, "--dry-run", "-o"]
+    assert error_of(*command, merged, "--dtype", "bfloat16", exit_code=5)["code"] == "output-exists"
+    assert "holds this merge already" in succeed(*command, merged, "--dtype", "float32")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert error_of(*command, tmp_path / "mine", exit_code=5)["code"] == "output-exists"
+
+
 def test_a_dry_run_reads_well(trained: Trained) -> None:
     output = succeed("merge", trained.adapter, "--dry-run", "-o", "there")
     assert output.startswith("would write there: 1 file of weights, ")

@@ -23,13 +23,28 @@ from lora_deploy.updates.interface import Scale
 from lora_deploy.updates.low_rank import LowRank
 from tests.exact_oracle import TORCH, decode, exact_sum, infinity_bits, merged_exactly, nearest, same_float
 
-EXACT = importlib.import_module("lora_deploy.merge.exact")
+COMPILED, EXACT = (importlib.import_module(f"lora_deploy.merge.{name}") for name in ("compiled", "exact"))
 CPU = torch.device("cpu")
 FLOATS = [DType.F16, DType.BF16, DType.F32, DType.F64]
 
 
+class Way:
+    """How every merge of this module is computed: tile by tile, or in one compiled pass where that can be."""
+
+    is_compiled = False
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["tiles", "one-pass"])
+def _way(request: pytest.FixtureRequest) -> None:
+    Way.is_compiled = request.param
+
+
+def workspace() -> Workspace:
+    return Workspace(CPU, is_compiled=Way.is_compiled)
+
+
 def merge(weight: Tensor, updates: Sequence[LowRank], dtype: DType) -> tuple[Tensor, BlockFacts]:
-    return merge_rows(place_of(weight), weight, Factors(updates, CPU), slice(0, len(weight)), dtype, Workspace(CPU))
+    return merge_rows(place_of(weight), weight, Factors(updates, CPU), slice(0, len(weight)), dtype, workspace())
 
 
 def place_of(weight: Tensor) -> Place:
@@ -304,11 +319,55 @@ def test_a_value_too_large_for_float16_is_refused_with_its_size_and_place() -> N
 def test_rows_of_a_region_know_their_place() -> None:
     weight, update = torch.randn(6, 4), update_of(torch.randn(6, 2), torch.randn(2, 4), 0.7)
     whole, _ = merge(weight, [update], DType.BF16)
-    part, _ = merge_rows(place_of(weight), weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, Workspace(CPU))
+    part, _ = merge_rows(place_of(weight), weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, workspace())
     assert torch.equal(part, whole[2:5])
     weight[4, 3] = math.nan
     with pytest.raises(NonFiniteTensorError, match=r"element \[4, 3\]"):
-        merge_rows(place_of(weight), weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, Workspace(CPU))
+        merge_rows(place_of(weight), weight[2:5], Factors([update], CPU), slice(2, 5), DType.BF16, workspace())
+
+
+BASES, RESULTS = [DType.F16, DType.BF16, DType.F32], [DType.F16, DType.BF16]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5, 16, 64])
+@pytest.mark.parametrize("spread", [1e-9, 1e-5, 0.02, 30.0])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("result", RESULTS)
+def test_one_pass_and_tiles_give_the_same_bytes_and_facts(base: DType, result: DType, spread: float, rank: int) -> None:
+    """From float16's underflow to large numbers, over several blocks of columns, the last of them not full."""
+    maker = Maker(rank)
+    weight = (maker.normal(40, 700) * spread).to(TORCH[base])
+    up, down = (maker.normal(40, rank) * spread).to(torch.bfloat16), (maker.normal(rank, 700) * 0.02).float()
+    factors, rows = Factors([update_of(up, down, 2)], CPU), slice(0, 40)
+    found = [
+        merge_rows(place_of(weight), weight, factors, rows, result, Workspace(CPU, is_compiled=is_compiled))
+        for is_compiled in (False, True)
+    ]
+    assert torch.equal(found[0][0].view(torch.int16), found[1][0].view(torch.int16))
+    tiles, one_pass = found[0][1], found[1][1]
+    assert (one_pass.max_abs, one_pass.n_underflowed) == (tiles.max_abs, tiles.n_underflowed)
+    assert one_pass.weight_square == pytest.approx(tiles.weight_square, rel=1e-4)
+    assert one_pass.error_square == pytest.approx(tiles.error_square, rel=1e-2)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("result", RESULTS)
+def test_one_pass_leaves_next_to_nothing_open_in_an_ordinary_block(base: DType, result: DType) -> None:
+    maker = Maker(7)
+    weight = (maker.normal(200, 1000) * 0.02).to(TORCH[base])
+    update = update_of((maker.normal(200, 16) * 0.02).float(), (maker.normal(16, 1000) * 0.02).float(), 2)
+    merged = torch.empty(weight.shape, dtype=TORCH[result])
+    found = COMPILED.merge_in_one_pass(weight, merged, Factors([update], CPU), slice(0, 200))
+    assert found is not None
+    assert len(found.positions) <= 20
+
+
+def test_one_pass_declines_a_block_of_ties_alone() -> None:
+    weight = torch.ones(64, 256, dtype=torch.bfloat16)
+    ties = update_of(torch.full((64, 1), 2.0**-8), torch.ones(1, 256))
+    factors = Factors([ties], CPU)
+    assert COMPILED.merge_in_one_pass(weight, torch.empty_like(weight), factors, slice(0, 64)) is None
+    assert_exact(weight[:4], [ties.rows(slice(0, 4))], DType.BF16)
 
 
 def test_facts_are_those_of_the_matrices() -> None:

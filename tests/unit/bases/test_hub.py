@@ -97,7 +97,7 @@ class _Answers(BaseHTTPRequestHandler):
         if hub.status != 200:
             self._answer(hub.status, b"{}", {"X-Error-Code": hub.error_code} if hub.error_code else {}, body=body)
         elif "/resolve/" in self.path:
-            name = self.path.rpartition("/")[2]
+            name = self.path.rpartition(f"/{COMMIT}/")[2]
             if body:
                 hub.fetched.append(name)
             content = hub.files[name]
@@ -138,13 +138,13 @@ import sys
 from lora_deploy.bases.hub import local_folder
 from lora_deploy.errors import LoraDeployError
 try:
-    print(*local_folder(sys.argv[1], ("*.json", "*.safetensors")))
+    print(*local_folder(sys.argv[1], ("*.json", "*.safetensors"), within="".join(sys.argv[2:])))
 except LoraDeployError as error:
     print(type(error).__name__, error.message, error.hint, sep="|")
 """
 
 
-def ask(hub: Hub, home: Path, reference: str) -> str:
+def ask(hub: Hub, home: Path, reference: str, *within: str) -> str:
     """Ask in a process of its own: huggingface_hub reads its environment when it is imported."""
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
@@ -154,7 +154,7 @@ def ask(hub: Hub, home: Path, reference: str) -> str:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, "-W", "error", "-c", ASK, reference]
+    command = [sys.executable, "-W", "error", "-c", ASK, reference, *within]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout.strip()
@@ -169,6 +169,13 @@ def test_a_repository_is_fetched_without_its_sub_folders_and_then_found(hub: Hub
     assert hub.tokens == {f"Bearer {TOKEN}"}
     hub.status = 500
     assert ask(hub, tmp_path, f"owner/served@{COMMIT}").split() == [folder, COMMIT]
+
+
+def test_a_sub_folder_is_fetched_alone(hub: Hub, tmp_path: Path) -> None:
+    hub.files |= {"poet/adapter_config.json": b"{}", "poet/logs/a.json": b"{}", "poets/b.json": b"{}"}
+    folder, _ = ask(hub, tmp_path, "owner/served", "poet").split()
+    assert hub.fetched == ["poet/adapter_config.json"]
+    assert (Path(folder) / "poet" / "adapter_config.json").read_bytes() == b"{}"
 
 
 @pytest.mark.parametrize(
