@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -189,7 +190,8 @@ def test_an_estimate_states_bytes_memory_disk_and_time(tmp_path: Path) -> None:
 
 def test_private_memory_grows_with_what_the_process_holds() -> None:
     before = private_bytes()
-    held = torch.ones(50_000_000, dtype=torch.uint8)
+    held = mmap.mmap(-1, 50_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # new, not what others have freed
+    held.write(bytes(50_000_000))
     assert 45e6 < private_bytes() - before < 60e6
     del held
 
