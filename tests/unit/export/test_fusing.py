@@ -13,7 +13,7 @@ from torch import nn
 from lora_deploy.export import transformers as maker
 from lora_deploy.export.interface import GraphTask
 from lora_deploy.export.stages import Stage
-from lora_deploy.export.trial import expected_outputs, fault_of
+from lora_deploy.export.trial import expected_outputs, fault_of, read_positions
 from lora_deploy.tensors import DType
 from tests.unit.export.hand_made import expected, plain, weights
 
@@ -120,3 +120,13 @@ def test_a_graph_that_is_not_the_model_is_told_from_it(
     found = fault_of(_drawn(), stage.others, outputs, DType.F32)
     assert found is not None
     assert found.startswith(fault)
+
+
+def test_what_is_said_at_padding_does_not_count() -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    logits, cache = torch.arange(12.0).reshape(2, 3, 2), torch.arange(24.0).reshape(2, 2, 3, 2)
+    assert read_positions(logits, mask).tolist() == [[2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    assert read_positions(cache, mask).shape == (5, 2, 2)
+    assert 0.0 not in read_positions(cache, mask)
+    assert torch.equal(read_positions(logits[:, :1], mask), logits[:, :1])
+    assert torch.equal(read_positions(logits, None), logits)
