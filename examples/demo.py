@@ -93,7 +93,7 @@ def run_commands(base: Path, merged: Path) -> None:
         ["inspect", adapter],
         ["validate", adapter, "--base", str(base)],
         ["merge", adapter, "--base", str(base), "-o", str(merged), "--dtype", "float16"],
-        ["export", str(merged), "--onnx", "--dtype", "float32"],
+        ["export", str(merged), "--onnx", "--dtype", "float32", "--layout", "genai"],
         ["verify", str(merged)],
     ):
         title(shlex.join(["lora-deploy", *arguments]), prefix="$ ")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_deploy.export.generate import Decoder
+from lora_deploy.export.generate import greedy_tokens
 from lora_deploy.export.record import read_record
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def greedy_reply(model: PreTrainedModel, prompt_tokens: Sequence[int], *, max_ne
 
 def graphs_reply(folder: Path, prompt_tokens: Sequence[int], *, ends: Container[int], max_new_tokens: int) -> Reply:
     """Continue the prompt with the best token at every step, by the graphs of an export."""
-    decoder = Decoder(folder, read_record(folder))
+    found = greedy_tokens(folder, read_record(folder), prompt_tokens, len(prompt_tokens) + max_new_tokens)
     tokens: list[int] = []
-    for token in islice(decoder.tokens(prompt_tokens), max_new_tokens):
+    for token in islice(found, max_new_tokens):
         tokens.append(token)
         if token in ends:
             break

@@ -50,6 +50,8 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
     prefill, decode = open_folder(folder, provider=provider, n_threads=torch.get_num_threads())
     loaded = time.monotonic()
     continues = decode.takes_cache and not only_prefill
+    left_out = [probe.name for probe in probes if not _takes(folder, probe)]
+    probes = [probe for probe in probes if probe.name not in left_out]
     texts = [probe for probe in probes if "input_ids" in probe.inputs]
     return OnnxRun(
         prefill=run_prefill(prefill, probes),
@@ -58,11 +60,18 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
         dtype=prefill.float_type,
         facts={
             "provider": prefill.provider,
+            "probes_left_out": left_out,
             "graphs": [str(path.relative_to(folder.root)) for path in folder.files],
             "load_seconds": loaded - started,
             "run_seconds": time.monotonic() - loaded,
         },
     )
+
+
+def _takes(folder: GraphFolder, probe: Probe) -> bool:
+    """Whether a graph is made for a probe: those of onnxruntime-genai attend to padding on the left."""
+    is_padded = probe.mask is not None and not bool(probe.mask.all())
+    return not (is_padded and (folder.root / "genai_config.json").is_file())
 
 
 def run_prefill(session: Session, probes: Sequence[Probe]) -> Rows:

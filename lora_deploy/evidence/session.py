@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import EvidenceError, InconclusiveError, RecipeError
 from lora_deploy.evidence.architecture import INSTALL_HINT, missing_packages
 from lora_deploy.evidence.graphs import GraphFolder
@@ -87,7 +89,8 @@ class Session:
             if value is None and name == "token_type_ids" and "input_ids" in inputs:
                 value = torch.zeros_like(inputs["input_ids"])  # one segment
             if value is None and name in self.cache:
-                value = torch.zeros(_empty_shape(node.shape, batch), dtype=_dtype(self.path, node))
+                shape = _empty_shape(node.shape, batch, head_size(self.path.parent))
+                value = torch.zeros(shape, dtype=_dtype(self.path, node))
             if value is None:
                 raise InconclusiveError(f"{self.path}: wants an input {name} that the probes do not have")
             feeds[name] = value.to(_dtype(self.path, node)).contiguous().numpy()
@@ -192,10 +195,25 @@ def _place(name: str) -> CachePlace | None:
     return (found["layer"], found["owner"] or "", found["kind"]) if found else None
 
 
-def _empty_shape(shape: list[Any], batch: int) -> list[int]:
-    """The shape of a cache that holds nothing: (batch, heads, 0, width)."""
+def _empty_shape(shape: list[Any], batch: int, width: int) -> list[int]:
+    """The shape of a cache that holds nothing: (batch, heads, 0, width); some graphs do not say their width."""
     sizes = [size if isinstance(size, int) else int(size) if str(size).isdigit() else None for size in shape]
-    return [batch, *(0 if size is None else size for size in sizes[1:])]
+    last = width if sizes[-1] is None else sizes[-1]
+    return [batch, *(0 if size is None else size for size in sizes[1:-1]), last]
+
+
+@cache
+def head_size(folder: Path) -> int:
+    """Width of a cached key, as the configurations beside a graph say it; 0 where none does."""
+    for name, path in (("genai_config.json", ("model", "decoder", "head_size")), ("config.json", ("head_dim",))):
+        found: Any = read_json(folder / name) if (folder / name).is_file() else None
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, int):
+            return found
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    width, n_heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return width // n_heads if isinstance(width, int) and isinstance(n_heads, int) and n_heads else 0
 
 
 def _dtype(path: Path, node: Any) -> torch.dtype:  # noqa: ANN401 - as above

@@ -107,7 +107,7 @@ def answer(
     record = read_record(folder)
     tokenizer = _tokenizer(folder)
     ids = _prompt_ids(tokenizer, prompt, is_raw=is_raw)
-    tokens = _tokens(folder, record, ids, len(ids) + max_tokens)
+    tokens = greedy_tokens(folder, record, ids, len(ids) + max_tokens)
     ends = _end_tokens(folder)
     told, found, times = "", [], [time.monotonic()]
     for token in tokens:
@@ -131,7 +131,14 @@ def answer(
     )
 
 
-def _tokens(folder: Path, record: ExportRecord, prompt: Sequence[int], max_length: int) -> Iterator[int]:
+def greedy_tokens(folder: Path, record: ExportRecord, prompt: Sequence[int], max_length: int) -> Iterator[int]:
+    """Give the most likely next token, again and again, by whichever runtime the export is laid out for.
+
+    ``max_length`` counts the prompt's tokens, too; not every layout stops there by itself.
+
+    Raises:
+        ExportError: The export is no decoder, or its runtime is missing or refuses it.
+    """
     if record.options["layout"] != "genai":
         return Decoder(folder, record).tokens(prompt)
     genai = require_genai()

@@ -1,0 +1,57 @@
+"""How a cache that holds nothing looks, and which probes a layout is made for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_deploy.evidence.graphs import GraphFolder
+from lora_deploy.evidence.probe import Probe
+
+SESSION, SUBJECT = (importlib.import_module(f"lora_deploy.evidence.{name}") for name in ("session", "onnx_subject"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (["batch", 3, "past", 64], [4, 3, 0, 64]),
+        (["batch", "3", "past", "kv_cache_dim"], [4, 3, 0, 16]),
+    ],
+)
+def test_an_empty_cache_has_no_positions_and_the_width_that_is_said_somewhere(
+    shape: list[object], expected: list[int]
+) -> None:
+    assert SESSION._empty_shape(shape, 4, 16) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"genai_config.json": {"model": {"decoder": {"head_size": 64}}}, "config.json": {"head_dim": 32}}, 64),
+        ({"config.json": {"head_dim": 32, "hidden_size": 48, "num_attention_heads": 4}}, 32),
+        ({"config.json": {"hidden_size": 48, "num_attention_heads": 4}}, 12),
+        ({"config.json": {"hidden_size": 48}}, 0),
+        ({}, 0),
+    ],
+)
+def test_the_width_of_a_key_comes_from_the_configurations_beside_the_graph(
+    files: dict[str, object], expected: int, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert SESSION.head_size(tmp_path) == expected
+
+
+def test_the_layout_of_genai_takes_no_padding_on_the_left(tmp_path: Path) -> None:
+    folder = GraphFolder(root=tmp_path, prefill=tmp_path / "model.onnx", decode=tmp_path / "model.onnx")
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    plain = Probe(name="plain", inputs={"input_ids": ids, "attention_mask": ids})
+    padded = Probe(name="padded", inputs={"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1]])})
+    assert all(SUBJECT._takes(folder, probe) for probe in (plain, padded))
+    (tmp_path / "genai_config.json").write_text("{}")
+    assert SUBJECT._takes(folder, plain)
+    assert not SUBJECT._takes(folder, padded)
