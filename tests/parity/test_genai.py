@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from lora_deploy.errors import ExportError
 from lora_deploy.export.execute import Exported
-from lora_deploy.export.generate import _tokens
+from lora_deploy.export.generate import greedy_tokens
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import export, merge
@@ -71,7 +71,7 @@ def test_onnxruntime_genai_generates_what_the_merged_model_generates(exported: E
 
 def test_try_hears_what_onnxruntime_genai_says(exported: Exported, merged: Path) -> None:
     ids = torch.tensor([[7, 11, 23]])
-    found = list(_tokens(exported.root, exported.record, ids[0].tolist(), 9))
+    found = list(greedy_tokens(exported.root, exported.record, ids[0].tolist(), 9))
     options = {"max_length": 9, "do_sample": False, "pad_token_id": 0}
     expected = reloaded(merged).generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 3:].tolist()
     assert found == expected
