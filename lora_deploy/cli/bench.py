@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_deploy.cli.options import latency_options, output_options
+from lora_deploy.cli.options import latency_options, output_options, provider_option
 from lora_deploy.cli.screen import Screen
 
 
@@ -18,13 +18,7 @@ from lora_deploy.cli.screen import Screen
     metavar="DIR2",
     help="Another folder with graphs: the ratio of both times, in fresh pairs of sessions.",
 )
-@click.option(
-    "--provider",
-    default="cpu",
-    show_default=True,
-    metavar="NAME",
-    help="Execution provider of onnxruntime that graphs run on, such as cpu or cuda.",
-)
+@provider_option
 @click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Threads of each session."
 )

@@ -20,6 +20,15 @@ T = TypeVar("T")
 _DEVICE = r"auto|cpu|cuda(:\d+)?"
 
 
+provider_option = click.option(
+    "--provider",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Execution provider of onnxruntime that graphs run on, such as cpu or cuda.",
+)
+
+
 def _all(*options: Callable[[C], C]) -> Callable[[C], C]:
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
 

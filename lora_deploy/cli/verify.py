@@ -14,6 +14,7 @@ from lora_deploy.cli.options import (
     chosen,
     latency_options,
     output_options,
+    provider_option,
     read_options,
     unless_default,
     work_options,
@@ -45,13 +46,7 @@ _CHECKS = click.Choice([check.value for check in Check])
     metavar="FILE",
     help='JSON lines to compare outputs on, beside random inputs: {"prompt": "…"} or {"input_ids": […]}.',
 )
-@click.option(
-    "--provider",
-    default="cpu",
-    show_default=True,
-    metavar="NAME",
-    help="Execution provider of onnxruntime that graphs run on, such as cpu or cuda.",
-)
+@provider_option
 @latency_options
 @bind_options
 @read_options
