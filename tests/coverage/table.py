@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import platform
 import subprocess
@@ -23,11 +23,12 @@ GROUPS = {
 }
 _HEAD = """# What can be exported
 
-Written by `make nightly`. Each row is a tiny model with random weights and an adapter that PEFT saved: merged, exported,
-and verified by the commands' own code. *Parity* is the verdict of `verify`: outputs of the merged checkpoint and of every
-graph, in onnxruntime on the CPU in float32, beside those of PEFT's unmerged model. *Divergence* is the largest mean of any
-graph, and *effect* the adapter's own, both in the same measure: KL divergence in nats where there are logits, else the
-squared distance relative to the output's size. *Seconds* are those of the first export of a base, on a shared machine.
+Written by `make nightly`. Each row is a tiny model with random weights and an adapter that PEFT saved, merged, exported
+and verified by the commands' own code. *Parity* is the verdict of `verify`: the merged checkpoint and every graph, in
+onnxruntime on the CPU in float32, beside PEFT's unmerged model, over texts of several lengths, alone and padded in a
+batch, and over a cache where there is one. *Divergence* is the largest mean of any graph, *effect* the adapter's own,
+in the same measure: KL divergence in nats where there are logits, else the squared distance relative to the output's
+size. *Seconds* are those of one processor for the first export of a base.
 """
 
 
@@ -76,7 +77,7 @@ def _about() -> list[str]:
     revision = ["git", "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     return [f"Date: {now:%Y-%m-%d}", f"Commit: {commit}", f"Versions: {versions}"]
 
 
