@@ -76,14 +76,15 @@ def cover(architecture: Architecture, folder: Path) -> Row:
         exported = export(folder / "merged")
         row = replace(row, seconds=time.process_time() - started, **_exported(exported))
         row = _verified(row, folder / "merged")
-        is_open = "encoder" in row.graphs and row.parity == Verdict.INCONCLUSIVE.value
+        is_open = "prefill" in row.graphs and row.parity == Verdict.INCONCLUSIVE.value
         return _answered(row, trained, exported) if is_open else row
     except LoraDeployError as error:
         message = error.message
     except Exception as error:  # noqa: BLE001 - whatever a library raises belongs into the table
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
-    return replace(row, seconds=row.seconds or time.process_time() - started, error=" ".join(message.split()))
+    row = replace(row, seconds=row.seconds or time.process_time() - started)
+    return replace(row, error=" ".join(message.replace(f"{folder}/", "").split()))
 
 
 def _exported(exported: Exported) -> dict[str, object]:
@@ -99,7 +100,8 @@ def _verified(row: Row, folder: Path) -> Row:
     report = found.parity
     if not isinstance(report, ParityReport):
         return replace(row, parity="not applicable", error=report.reason)
-    return replace(row, parity=report.verdict.value, error=report.reason, **_figures(report))
+    error = report.reason.replace(f"{folder}/", "")
+    return replace(row, parity=report.verdict.value, error=error, **_figures(report))
 
 
 def _answered(row: Row, trained: Trained, exported: Exported) -> Row:

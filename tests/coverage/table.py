@@ -1,11 +1,10 @@
-"""Write the coverage table from the rows of a run: ``python -m tests.coverage.table ROWS``."""
+"""Write the coverage table from the rows of a run: ``python -m tests.coverage.table ROWS COMMIT``."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -73,13 +72,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _about() -> list[str]:
-    revision = ["git", "rev-parse", "--short=12", "HEAD"]
-    commit = subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
+def _about(commit: str) -> list[str]:
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-    now = dt.datetime.now(dt.UTC)
-    return [f"Date: {now:%Y-%m-%d}", f"Commit: {commit}", f"Versions: {versions}"]
+    return [f"Date: {dt.datetime.now(dt.UTC):%Y-%m-%d}", f"Commit: {commit}", f"Versions: {versions}"]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(compose(read_rows(Path(sys.argv[1])), _about()))
+    sys.stdout.write(compose(read_rows(Path(sys.argv[1])), _about(sys.argv[2])))
