@@ -27,7 +27,7 @@ from lora_deploy.rounding import torch_dtype
 from lora_deploy.safetensors_file import format_header, write_file
 from lora_deploy.tensors import DType, TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when the same blueprint would give another graph or table."""
 _NOT_OF_THE_GRAPH = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"})
 _VECTOR_SPREAD = 0.25
