@@ -28,20 +28,14 @@ class Decoding:
     """Inputs of one token a row each."""
     is_fed: Tensor
     """(batch, steps) bool: which of the steps' tokens are real."""
-    places: Tensor
-    """(batch, sequence) bool: the positions of the probe that they are."""
-
-    def expected(self, probe: Probe, rows: Tensor) -> Tensor:
-        """Of a probe's rows, those that the steps compute: (real steps, width)."""
-        mask = probe.mask
-        assert mask is not None  # noqa: S101 - a probe with tokens has one
-        return rows[self.places[mask]]
+    is_decoded: Tensor
+    """(real positions of the probe,) bool: which of them these are; real ones come in the same order however padded."""
 
 
 def cut(probe: Probe) -> Decoding | None:
     """Cut every row at one column, so that each has tokens after it; None where the shortest row has but one token."""
     mask, ids = probe.mask, probe.tokens
-    assert mask is not None  # noqa: S101 - as above
+    assert mask is not None  # noqa: S101 - a probe with tokens has one
     ends = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
     start = max(1, int(ends.min()) - N_STEPS)
     if start >= int(ends.min()):
@@ -51,7 +45,7 @@ def cut(probe: Probe) -> Decoding | None:
         first=probe.upto(start),
         steps=tuple(probe.at(position) for position in range(start, ids.shape[1])),
         is_fed=mask[:, start:],
-        places=mask & (columns >= start),
+        is_decoded=(columns >= start).expand_as(mask)[mask],
     )
 
 
@@ -82,5 +76,5 @@ def cut_by_row(probe: Probe) -> Decoding | None:
         first={"input_ids": ids[:, :width] * reach, "attention_mask": reach, "position_ids": positions(reach)},
         steps=tuple(steps),
         is_fed=torch.ones(len(ids), n_steps, dtype=torch.bool),
-        places=(columns >= starts[:, None]) & mask.bool(),
+        is_decoded=(columns >= starts[:, None])[mask.bool()],
     )

@@ -45,7 +45,7 @@ def test_the_positions_compared_are_those_of_the_tokens_fed(
     assert decoding is not None
     assert fed(decoding) == tokens
     rows = probe.inputs["input_ids"][mask.bool()][:, None]  # as if a token were its logits
-    assert decoding.expected(probe, rows).flatten().tolist() == tokens
+    assert rows[decoding.is_decoded].flatten().tolist() == tokens
 
 
 def test_rows_with_lengths_of_their_own_continue_where_they_end() -> None:
