@@ -14,7 +14,7 @@ help:
 	@echo "make test     all tests but the nightly ones       (JOBS=$(JOBS) workers; PYTEST_ARGS=... for pytest)"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    speed and memory beside peers        (SIZE=1b or 8b)"
-	@echo "make nightly  the large tests; their result goes to docs/nightly.md"
+	@echo "make nightly  the large tests; their result goes to docs/nightly.md, what can be exported to docs/coverage.md"
 	@echo "make clean    remove .venv, caches and builds"
 
 demo: $(INSTALLED)

@@ -58,12 +58,8 @@ def run_reloaded(folder: Path, architecture: str, probes: Sequence[Probe]) -> Re
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             raise InconclusiveError(f"{folder}: the process that runs it ended with {done.returncode}: {said}")
-        found = load_file(exchange / "outputs.safetensors")
+        outputs = read_outputs(exchange / "outputs.safetensors")
         facts = json.loads((exchange / "facts.json").read_text())
-    outputs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in found.items():
-        probe, _, name = key.partition(_SEPARATOR)
-        outputs.setdefault(probe, {})[name] = tensor
     return Reloaded(outputs=outputs, **facts | {"missing": tuple(facts["missing"])})
 
 
@@ -90,6 +86,27 @@ def read_probes(path: Path) -> tuple[Probe, ...]:
     )
 
 
+def write_outputs(path: Path, outputs: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write outputs as one safetensors file, each with values of its own: some are views of another."""
+    save_file(
+        {
+            f"{probe}{_SEPARATOR}{name}": tensor.clone(memory_format=torch.contiguous_format)
+            for probe, found in outputs.items()
+            for name, tensor in found.items()
+        },
+        path,
+    )
+
+
+def read_outputs(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Read what ``write_outputs`` wrote."""
+    outputs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        probe, _, name = key.partition(_SEPARATOR)
+        outputs.setdefault(probe, {})[name] = tensor
+    return outputs
+
+
 def main(folder: Path, architecture: str, exchange: Path, n_threads: int) -> int:
     """Load, run, write; give the exit status."""
     from lora_deploy.evidence.forward import run_probes
@@ -111,8 +128,7 @@ def main(folder: Path, architecture: str, exchange: Path, n_threads: int) -> int
         run_seconds=time.monotonic() - loaded,
         peak_bytes=peak_bytes(),
     )
-    flat = {f"{probe}{_SEPARATOR}{name}": t.contiguous() for probe, out in outputs.items() for name, t in out.items()}
-    save_file(flat, exchange / "outputs.safetensors")
+    write_outputs(exchange / "outputs.safetensors", outputs)
     (exchange / "facts.json").write_text(json.dumps(asdict(facts)))
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from lora_deploy.errors import ExportError
 
 _PIXELS, _FEATURES, _AUDIO = "pixel_values", "input_features", "input_values"
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ def sample_inputs(model: Any, size: SampleSize, *, is_left_padded: bool) -> dict
         inputs[_AUDIO] = torch.randn(size.n_rows, 4000)
     if "input_ids" in parameters:
         inputs |= _text(model.config, size, parameters, is_left_padded=is_left_padded)
+    if has_image_tokens(model.config):
+        inputs = _with_image_tokens(model, inputs)
     if not inputs:
         raise ExportError(f"{type(model).__name__}: no sample is known for its inputs {', '.join(parameters)}")
     return inputs
@@ -63,6 +66,30 @@ def _text(config: Any, size: SampleSize, parameters: Mapping[str, Any], *, is_le
         kinds[:, size.n_tokens // 2 :] = 1
         inputs["token_type_ids"] = kinds
     return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def has_image_tokens(config: Any) -> bool:  # noqa: ANN401
+    """Whether a token of the text stands for a part of an image."""
+    return any(isinstance(getattr(config, name, None), int) for name in _IMAGE_TOKENS)
+
+
+def _with_image_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+    """Put the image's tokens behind the first of the text, as many as the model makes of an image."""
+    if _PIXELS not in inputs or "input_ids" not in inputs:
+        return dict(inputs)
+    token = next(found for name in _IMAGE_TOKENS if isinstance(found := getattr(model.config, name, None), int))
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values=inputs[_PIXELS][:1])
+    features = getattr(found, "pooler_output", found)
+    parts = features if isinstance(features, list | tuple) else [features]
+    n_tokens = sum(part.shape[:-1].numel() for part in parts)
+    filled = {"input_ids": token, "attention_mask": 1, "token_type_ids": 1, "mm_token_type_ids": 1}
+    return {
+        name: torch.cat([value[:, :1], value.new_full((len(value), n_tokens), filled[name]), value[:, 1:]], dim=1)
+        if name in filled
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _pixels(config: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401

@@ -1,22 +1,22 @@
 """Cut a transformers model into the graphs that serve it, each with inputs of two sizes.
 
 A decoder with a cache is two graphs: ``prefill`` starts the cache, ``decode`` adds one token to it (one, because only
-then onnxruntime's grouped-query attention applies). An encoder-decoder has its ``encoder`` besides. Everything else is
-one graph, ``model``.
+then onnxruntime's grouped-query attention applies). An encoder-decoder has its ``encoder`` besides; where texts have
+images in them, ``prefill`` reads both. Everything else is one graph, ``model``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lora_deploy.errors import ExportError
-from lora_deploy.export.samples import SampleSize, sample_inputs
+from lora_deploy.export.samples import SampleSize, has_image_tokens, sample_inputs
 
 SIZES = (SampleSize(n_rows=2, n_tokens=9), SampleSize(n_rows=3, n_tokens=12))
 """Of the inputs that are traced, and of those that the graph is tried with; every axis that varies differs."""
@@ -47,7 +47,11 @@ def stages_of(model: Any) -> Iterator[Stage]:  # noqa: ANN401 - a transformers m
         inputs, others = (sample_inputs(model, size, is_left_padded=False) for size in SIZES)
         yield Stage(component="model", module=model, inputs=inputs, others=others)
         return
-    first, second = (_generation_inputs(model, size) for size in SIZES)
+    first, second = (_generation_inputs(model, size) for size in _sizes(model))
+    if not first:
+        inputs, others = (sample_inputs(model, size, is_left_padded=True) for size in SIZES)
+        yield Stage(component="model", module=model, inputs=inputs, others=others)
+        return
     if model.config.is_encoder_decoder:
         yield _encoder(model)
     for component, (module, inputs) in first.items():
@@ -84,8 +88,14 @@ def _generates(model: Any) -> bool:  # noqa: ANN401
     return bool(getattr(model, "can_generate", lambda: False)())
 
 
+def _sizes(model: Any) -> Iterable[SampleSize]:  # noqa: ANN401
+    """Where images have places in the text, the exporter fixes how many: one, in one text."""
+    return (replace(size, n_rows=1) for size in SIZES) if has_image_tokens(model.config) else SIZES
+
+
 def _generation_inputs(model: Any, size: SampleSize) -> dict[str, tuple[Any, dict[str, Any]]]:  # noqa: ANN401
-    from transformers.exporters.utils import decompose_for_generation
+    """What a model is given when it begins an answer and when it goes on; nothing where another one answers for it."""
+    from transformers.exporters.utils import decompose_prefill_decode
 
     inputs = sample_inputs(model, size, is_left_padded=not model.config.is_encoder_decoder)
     if model.config.is_encoder_decoder:
@@ -96,8 +106,21 @@ def _generation_inputs(model: Any, size: SampleSize) -> dict[str, tuple[Any, dic
         prompt[:, 0] = start
         inputs["decoder_input_ids"] = prompt
     inputs |= _whole_cache(model)
-    with torch.no_grad():
-        return dict(decompose_for_generation(model, copy.deepcopy(inputs)))
+    try:
+        with torch.no_grad():
+            found = dict(decompose_prefill_decode(model, copy.deepcopy(inputs)))
+        return {component: (module, _seeing(given, inputs)) for component, (module, given) in found.items()}
+    except RuntimeError as error:
+        if error.__cause__ is not None:
+            raise
+        return {}  # its own forward pass was never called
+
+
+def _seeing(given: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a stage the image itself where it was given what the model's encoder had made of it before."""
+    ahead = "mm_encoder_outputs"
+    kept = {name: value for name, value in given.items() if name != ahead}
+    return kept | {"pixel_values": inputs["pixel_values"]} if given.get(ahead) else kept
 
 
 def _whole_cache(model: Any) -> dict[str, Any]:  # noqa: ANN401

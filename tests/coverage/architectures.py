@@ -19,8 +19,6 @@ SIZES = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim", "d_ff", "ffn_hidden_size", "n_inner"), 48),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -37,6 +35,10 @@ SIZES = {
     "decoder_start_token_id": 3,
 }
 """Settings under all the names that configurations have for them."""
+LAYERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers"),
+    "decoder_layers",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Architecture:
     """Its ``model_type``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: str | tuple[str, ...] = "all-linear"
+    n_layers: int = 2
+    """Two where layers differ or are cheap; tracing takes its time for each."""
     saved: tuple[str, ...] = ()
     """Modules that are trained whole, such as a head."""
     fault: str = ""
@@ -59,27 +63,27 @@ class Architecture:
     def build(self) -> nn.Module:
         """Make the model, all of its weights random and none alike."""
         cls = getattr(transformers, self.cls)
-        return randomize(cls(small(self.kind, **self.options)))
+        return randomize(cls(small(self.kind, self.n_layers, **self.options)))
 
 
-def small(kind: str, **options: Any) -> PreTrainedConfig:
+def small(kind: str, n_layers: int, **options: Any) -> PreTrainedConfig:
     """Make a configuration with the sizes that it knows."""
     cls = CONFIG_MAPPING[kind]
     known = cls().to_dict()
-    sizes = {name: size for name, size in SIZES.items() if name in known}
+    sizes = {name: size for name, size in {**SIZES, **dict.fromkeys(LAYERS, n_layers)}.items() if name in known}
     return cls(**{**sizes, **options})
 
 
-def _decoder(kind: str, cls: str, name: str = "", **options: Any) -> Architecture:
-    return Architecture(name=name or kind, cls=cls, kind=kind, options=options)
+def _decoder(kind: str, cls: str, name: str = "", n_layers: int = 1, **options: Any) -> Architecture:
+    return Architecture(name=name or kind, cls=cls, kind=kind, n_layers=n_layers, options=options)
 
 
 def _state_space(kind: str, cls: str, **options: Any) -> Architecture:
     return Architecture(name=kind, cls=cls, kind=kind, options=options, targets=("in_proj",))
 
 
-def _encoder(kind: str, cls: str, *saved: str, name: str = "", **options: Any) -> Architecture:
-    return Architecture(name=name or kind, cls=cls, kind=kind, options=options, saved=saved)
+def _encoder(kind: str, cls: str, *saved: str, name: str = "", n_layers: int = 2, **options: Any) -> Architecture:
+    return Architecture(name=name or kind, cls=cls, kind=kind, n_layers=n_layers, options=options, saved=saved)
 
 
 _MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
@@ -90,25 +94,25 @@ _DEEPSEEK = {
 }
 
 DECODERS = (
-    _decoder("llama", "LlamaForCausalLM"),
-    _decoder("mistral", "MistralForCausalLM"),
-    _decoder("mistral", "MistralForCausalLM", "mistral, sliding window", sliding_window=4),
-    _decoder("mixtral", "MixtralForCausalLM"),
-    _decoder("qwen2", "Qwen2ForCausalLM"),
+    _decoder("llama", "LlamaForCausalLM", n_layers=2),
+    _decoder("mistral", "MistralForCausalLM", n_layers=2),
+    _decoder("mistral", "MistralForCausalLM", "mistral, sliding window", sliding_window=4, n_layers=2),
+    _decoder("mixtral", "MixtralForCausalLM", n_layers=2),
+    _decoder("qwen2", "Qwen2ForCausalLM", n_layers=2),
     _decoder("qwen2_moe", "Qwen2MoeForCausalLM", **_MOE),
     _decoder("qwen3", "Qwen3ForCausalLM"),
     _decoder("qwen3_moe", "Qwen3MoeForCausalLM", **_MOE),
     _decoder("gemma", "GemmaForCausalLM"),
-    _decoder("gemma2", "Gemma2ForCausalLM", sliding_window=4),
-    _decoder("gemma3_text", "Gemma3ForCausalLM", sliding_window=4, sliding_window_pattern=2),
+    _decoder("gemma2", "Gemma2ForCausalLM", sliding_window=4, n_layers=2),
+    _decoder("gemma3_text", "Gemma3ForCausalLM", sliding_window=4, sliding_window_pattern=2, n_layers=2),
     _decoder("phi", "PhiForCausalLM"),
     _decoder("phi3", "Phi3ForCausalLM"),
-    _decoder("gpt2", "GPT2LMHeadModel"),
+    _decoder("gpt2", "GPT2LMHeadModel", n_layers=2),
     _decoder("gpt_bigcode", "GPTBigCodeForCausalLM"),
-    _decoder("gpt_neo", "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]], window_size=4),
+    _decoder("gpt_neo", "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]], window_size=4, n_layers=2),
     _decoder("gpt_neox", "GPTNeoXForCausalLM"),
     _decoder("gptj", "GPTJForCausalLM", rotary_dim=4),
-    _decoder("gpt_oss", "GptOssForCausalLM", sliding_window=4),
+    _decoder("gpt_oss", "GptOssForCausalLM", sliding_window=4, n_layers=2),
     _decoder("codegen", "CodeGenForCausalLM", rotary_dim=4),
     _decoder("bloom", "BloomForCausalLM"),
     _decoder("opt", "OPTForCausalLM"),
@@ -119,14 +123,14 @@ DECODERS = (
     _decoder("stablelm", "StableLmForCausalLM"),
     _decoder("starcoder2", "Starcoder2ForCausalLM"),
     _decoder("cohere", "CohereForCausalLM"),
-    _decoder("cohere2", "Cohere2ForCausalLM", sliding_window=4, sliding_window_pattern=2),
+    _decoder("cohere2", "Cohere2ForCausalLM", sliding_window=4, sliding_window_pattern=2, n_layers=2),
     _decoder("granite", "GraniteForCausalLM"),
     _decoder("deepseek_v3", "DeepseekV3ForCausalLM", **_DEEPSEEK),
-    _decoder("smollm3", "SmolLM3ForCausalLM"),
+    _decoder("smollm3", "SmolLM3ForCausalLM", n_layers=2),
     _decoder("nemotron", "NemotronForCausalLM"),
     _decoder("glm", "GlmForCausalLM"),
     _decoder("glm4", "Glm4ForCausalLM"),
-    _decoder("llama4_text", "Llama4ForCausalLM", intermediate_size_mlp=40),
+    _decoder("llama4_text", "Llama4ForCausalLM", intermediate_size_mlp=40, n_layers=2),
     _state_space("mamba", "MambaForCausalLM", state_size=4, time_step_rank=2),
     _state_space("mamba2", "Mamba2ForCausalLM", state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
 )
@@ -160,12 +164,12 @@ _SPEECH = {
 ENCODER_DECODERS = (
     _encoder("t5", "T5ForConditionalGeneration"),
     _encoder("t5", "T5EncoderModel", name="t5, encoder alone"),
-    _encoder("mt5", "MT5ForConditionalGeneration"),
+    _encoder("mt5", "MT5ForConditionalGeneration", n_layers=1),
     _encoder("bart", "BartForConditionalGeneration"),
-    _encoder("mbart", "MBartForConditionalGeneration"),
-    _encoder("pegasus", "PegasusForConditionalGeneration"),
-    _encoder("marian", "MarianMTModel"),
-    _encoder("m2m_100", "M2M100ForConditionalGeneration"),
+    _encoder("mbart", "MBartForConditionalGeneration", n_layers=1),
+    _encoder("pegasus", "PegasusForConditionalGeneration", n_layers=1),
+    _encoder("marian", "MarianMTModel", n_layers=1),
+    _encoder("m2m_100", "M2M100ForConditionalGeneration", n_layers=1),
     _encoder("whisper", "WhisperForConditionalGeneration", **_SPEECH),
 )
 
@@ -216,7 +220,13 @@ IMAGES_AND_SOUND = (
     _encoder("wav2vec2", "Wav2Vec2ForCTC", **_AUDIO),
     _encoder("wav2vec2", "Wav2Vec2ForSequenceClassification", "classifier", name="wav2vec2, classifier", **_AUDIO),
     _encoder("hubert", "HubertForCTC", **_AUDIO),
-    _encoder("blip", "BlipForConditionalGeneration", text_config=_BLIP_TEXT, vision_config=_VISION),
+    Architecture(
+        name="blip",
+        cls="BlipForConditionalGeneration",
+        kind="blip",
+        options={"text_config": _BLIP_TEXT, "vision_config": _VISION},
+        targets=("query", "value", "qkv", "fc1"),
+    ),
     _encoder("llava", "LlavaForConditionalGeneration", **_LLAVA),
 )
 

@@ -1,4 +1,4 @@
-"""One row of the coverage table: ``python -m tests.coverage.cover NAME FOLDER`` writes it as JSON to stdout.
+"""One row of the coverage table.
 
 An adapter that PEFT saved is merged, the merged checkpoint exported, and everything verified as ``lora-deploy verify``
 does: the graphs' outputs beside those of PEFT's unmerged model. What is raised becomes the row's error, word for word.
@@ -6,16 +6,11 @@ does: the graphs' outputs beside those of PEFT's unmerged model. What is raised 
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 import traceback
-import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import transformers
 from peft import LoraConfig
 
 from lora_deploy.errors import LoraDeployError
@@ -26,8 +21,11 @@ from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.execute import Exported
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import export, merge, verify
-from tests.coverage.architectures import ARCHITECTURES, Architecture
-from tests.peer.trained import MEMORY_BYTES, train
+from tests.coverage.answers import answers_diverge
+from tests.coverage.architectures import Architecture
+from tests.peer.trained import MEMORY_BYTES, Trained, train
+
+MOST_OF_EFFECT = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ class Row:
     effect: float = 0.0
     """The adapter's own, in the same measure."""
     seconds: float = 0.0
-    """Of the export."""
+    """Of the processor, for the first export of a base."""
     error: str = ""
     """Word for word."""
 
@@ -69,21 +67,24 @@ def cover(architecture: Architecture, folder: Path) -> Row:
         modules_to_save=list(architecture.saved) or None,
         init_lora_weights=False,
     )
-    started = time.monotonic()
+    started = time.process_time()
     try:
         trained = train(architecture.build(), config, folder)
         options = MergeOptions(dtype="float32", n_workers=1, memory_bytes=MEMORY_BYTES)
         merge(trained.adapter, base=trained.base, output=folder / "merged", merge_options=options)
-        started = time.monotonic()
+        started = time.process_time()
         exported = export(folder / "merged")
-        row = replace(row, seconds=time.monotonic() - started, **_exported(exported))
-        return _verified(row, folder / "merged")
+        row = replace(row, seconds=time.process_time() - started, **_exported(exported))
+        row = _verified(row, folder / "merged")
+        is_open = "prefill" in row.graphs and row.parity == Verdict.INCONCLUSIVE.value
+        return _answered(row, trained, exported) if is_open else row
     except LoraDeployError as error:
         message = error.message
     except Exception as error:  # noqa: BLE001 - whatever a library raises belongs into the table
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
-    return replace(row, seconds=row.seconds or time.monotonic() - started, error=" ".join(message.split()))
+    row = replace(row, seconds=row.seconds or time.process_time() - started)
+    return replace(row, error=" ".join(message.replace(f"{folder}/", "").split()))
 
 
 def _exported(exported: Exported) -> dict[str, object]:
@@ -99,7 +100,24 @@ def _verified(row: Row, folder: Path) -> Row:
     report = found.parity
     if not isinstance(report, ParityReport):
         return replace(row, parity="not applicable", error=report.reason)
-    return replace(row, parity=report.verdict.value, error=report.reason, **_figures(report))
+    error = report.reason.replace(f"{folder}/", "")
+    return replace(row, parity=report.verdict.value, error=error, **_figures(report))
+
+
+def _answered(row: Row, trained: Trained, exported: Exported) -> Row:
+    """Judge answers by the effect of the adapter on them: float32 is nearer than a millionth of it."""
+    found, effect = answers_diverge(trained, exported)
+    is_near = found.mean <= MOST_OF_EFFECT * effect.mean
+    return replace(
+        row,
+        parity=(Verdict.PASS if is_near else Verdict.FAIL).value,
+        measure=f"{found.measure} of {found.output}",
+        divergence=found.mean,
+        effect=effect.mean,
+        error=""
+        if is_near
+        else f"answers diverge by {found.mean:.2g}, where the adapter's effect is {effect.mean:.2g}",
+    )
 
 
 def _figures(report: ParityReport) -> dict[str, object]:
@@ -114,18 +132,3 @@ def _figures(report: ParityReport) -> dict[str, object]:
 
 def _is_graph(subject: SubjectReport) -> bool:
     return subject.name.startswith("onnx")
-
-
-def main() -> None:
-    """Print the row of the architecture that is named."""
-    name, folder = sys.argv[1:]
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    torch.manual_seed(1)
-    torch.set_num_threads(1)
-    row = cover(ARCHITECTURES[name], Path(folder))
-    sys.stdout.write(json.dumps(asdict(row)) + "\n")
-
-
-if __name__ == "__main__":
-    main()

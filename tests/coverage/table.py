@@ -1,11 +1,10 @@
-"""Write the coverage table from the rows of a run: ``python -m tests.coverage.table ROWS``."""
+"""Write the coverage table from the rows of a run: ``python -m tests.coverage.table ROWS COMMIT``."""
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -23,11 +22,12 @@ GROUPS = {
 }
 _HEAD = """# What can be exported
 
-Written by `make nightly`. Each row is a tiny model with random weights and an adapter that PEFT saved: merged, exported,
-and verified by the commands' own code. *Parity* is the verdict of `verify`: outputs of the merged checkpoint and of every
-graph, in onnxruntime on the CPU in float32, beside those of PEFT's unmerged model. *Divergence* is the largest mean of any
-graph, and *effect* the adapter's own, both in the same measure: KL divergence in nats where there are logits, else the
-squared distance relative to the output's size. *Seconds* are those of the first export of a base, on a shared machine.
+Written by `make nightly`. Each row is a tiny model with random weights and an adapter that PEFT saved, merged, exported
+and verified by the commands' own code. *Parity* is the verdict of `verify`: the merged checkpoint and every graph, in
+onnxruntime on the CPU in float32, beside PEFT's unmerged model, over texts of several lengths, alone and padded in a
+batch, and over a cache where there is one. *Divergence* is the largest mean of any graph, *effect* the adapter's own,
+in the same measure: KL divergence in nats where there are logits, else the squared distance relative to the output's
+size. *Seconds* are those of one processor for the first export of a base.
 """
 
 
@@ -72,13 +72,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _about() -> list[str]:
-    revision = ["git", "rev-parse", "--short=12", "HEAD"]
-    commit = subprocess.run(revision, capture_output=True, text=True, check=True).stdout.strip()
+def _about(commit: str) -> list[str]:
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-    now = datetime.datetime.now(datetime.UTC)
-    return [f"Date: {now:%Y-%m-%d}", f"Commit: {commit}", f"Versions: {versions}"]
+    return [f"Date: {dt.datetime.now(dt.UTC):%Y-%m-%d}", f"Commit: {commit}", f"Versions: {versions}"]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(compose(read_rows(Path(sys.argv[1])), _about()))
+    sys.stdout.write(compose(read_rows(Path(sys.argv[1])), _about(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""The coverage table's run: every architecture in a process of its own; rows go to ``$LORA_DEPLOY_COVERAGE``, if set."""
+"""The run behind the coverage table: an architecture, a process; rows go to ``$LORA_DEPLOY_COVERAGE``, if set."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import transformers
 
+from lora_deploy.evidence import parity
 from tests.coverage.architectures import ARCHITECTURES, Architecture
 from tests.coverage.cover import Row, cover
+from tests.parity.conftest import run_here
 
 SECONDS = 600
 """Longest that one architecture may take, on a shared machine."""
@@ -22,6 +24,8 @@ SECONDS = 600
 def _write_row(architecture: Architecture, folder: Path, out: Path) -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
+    # What a fresh process adds is tested by itself; it would take as long as the rest.
+    parity.run_reloaded = run_here
     out.write_text(json.dumps(asdict(cover(architecture, folder)), indent=1) + "\n")
 
 
