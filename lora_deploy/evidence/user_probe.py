@@ -115,14 +115,13 @@ class _Reading:
         text = entry.get("prompt")
         if "vision_config" in self._known.config and not isinstance(text, str):
             raise InputError(f"{where}: found keys {sorted(entry)}, expected prompt and image: the model reads both")
-        processor = self._processor(where)
         if isinstance(text, str):
-            return self._processed(where, processor, images=image, text=text)
-        return self._processed(where, getattr(processor, "image_processor", processor), images=image)
+            return self._processed(where, self._processor("AutoProcessor", where), images=image, text=text)
+        return self._processed(where, self._processor("AutoImageProcessor", where), images=image)
 
     def _heard(self, entry: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         wave, rate = read_wave(self._path.parent, entry["audio"], where)
-        extractor = getattr(self._processor(where), "feature_extractor", None) or self._processor(where)
+        extractor = self._processor("AutoFeatureExtractor", where)
         wanted = getattr(extractor, "sampling_rate", rate)
         if rate != wanted:
             raise InputError(f"{where}: {entry['audio']}: found {rate} samples a second, the model takes {wanted}")
@@ -148,8 +147,8 @@ class _Reading:
     def _tokenizer(self, where: str) -> Any:  # noqa: ANN401 - of transformers, untyped
         return self._loaded("AutoTokenizer", where, "prompts need a tokenizer", "give input_ids instead")
 
-    def _processor(self, where: str) -> Any:  # noqa: ANN401 - as above
-        return self._loaded("AutoProcessor", where, "images and sounds need a processor", "copy the base's files there")
+    def _processor(self, name: str, where: str) -> Any:  # noqa: ANN401 - as above
+        return self._loaded(name, where, "images and sounds need a processor", "copy the base's files there")
 
     def _loaded(self, name: str, where: str, need: str, hint: str) -> Any:  # noqa: ANN401 - as above
         """Load what belongs to the folder, once."""
