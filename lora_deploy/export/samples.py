@@ -15,6 +15,9 @@ import torch
 from lora_deploy.errors import ExportError
 
 _PIXELS, _FEATURES, _AUDIO = "pixel_values", "input_features", "input_values"
+_SAMPLES_A_TOKEN = 400
+"""Of a wave: more than any feature extractor makes one frame of."""
+_GRID = "image_grid_thw"
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
@@ -35,13 +38,18 @@ def sample_inputs(model: Any, size: SampleSize, *, is_left_padded: bool) -> dict
         ExportError: The model wants something that no sample is known for.
     """
     parameters = inspect.signature(model.forward).parameters
+    if _GRID in parameters:
+        raise ExportError(
+            f"{type(model).__name__}: its images come as patches of a grid ({_GRID}), for which no sample is known",
+            hint="export a text-only checkpoint of its language model",
+        )
     inputs: dict[str, Any] = {}
     if _PIXELS in parameters:
-        inputs[_PIXELS] = _pixels(model.config, size)
+        inputs[_PIXELS] = _pixels(model, size)
     if _FEATURES in parameters:
         inputs[_FEATURES] = _features(model.config, size)
     if _AUDIO in parameters:
-        inputs[_AUDIO] = torch.randn(size.n_rows, 4000)
+        inputs[_AUDIO] = _sound(model.config, size)
     if "input_ids" in parameters:
         inputs |= _text(model.config, size, parameters, is_left_padded=is_left_padded)
     if has_image_tokens(model.config):
@@ -92,17 +100,26 @@ def _with_image_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pixels(config: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401
-    vision = getattr(config, "vision_config", None) or config
+def _pixels(model: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401
+    vision = getattr(model.config, "vision_config", None) or model.config
     edge = getattr(vision, "image_size", None)
     if edge is None:
-        raise ExportError("image_size: the configuration does not say how large images are")
+        raise ExportError(f"{type(model).__name__}: image_size: the configuration does not say how large images are")
     height, width = edge if isinstance(edge, list | tuple) else (edge, edge)
     return torch.randn(size.n_rows, int(getattr(vision, "num_channels", 3)), int(height), int(width))
 
 
 def _features(config: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401
-    n_bins = int(getattr(config, "num_mel_bins", 80))
-    # Whisper's encoder halves the frames and has one position for each.
-    n_frames = 2 * int(getattr(config, "max_source_positions", 1500))
-    return torch.randn(size.n_rows, n_bins, n_frames)
+    if hasattr(config, "max_source_positions") and not hasattr(config, "input_feat_per_channel"):
+        # Whisper's encoder halves the frames and has one position for each.
+        return torch.randn(size.n_rows, int(config.num_mel_bins), 2 * int(config.max_source_positions))
+    widths = ("feature_projection_input_dim", "input_feat_per_channel")
+    width = next((int(getattr(config, name)) for name in widths if hasattr(config, name)), 80)
+    return torch.randn(size.n_rows, 8 * size.n_tokens, width)
+
+
+def _sound(config: Any, size: SampleSize) -> torch.Tensor:  # noqa: ANN401
+    """A wave, or the spectrum of one of fixed length where the model takes that."""
+    if hasattr(config, "num_mel_bins"):
+        return torch.randn(size.n_rows, int(config.max_length), int(config.num_mel_bins))
+    return torch.randn(size.n_rows, _SAMPLES_A_TOKEN * size.n_tokens)

@@ -106,6 +106,7 @@ def _generation_inputs(model: Any, size: SampleSize) -> dict[str, tuple[Any, dic
         prompt[:, 0] = start
         inputs["decoder_input_ids"] = prompt
     inputs |= _whole_cache(model)
+    model.generation_config.use_cache = True  # some configurations leave it out
     try:
         with torch.no_grad():
             found = dict(decompose_prefill_decode(model, copy.deepcopy(inputs)))

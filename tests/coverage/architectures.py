@@ -200,11 +200,31 @@ _AUDIO = {
     "num_conv_pos_embedding_groups": 2,
     "num_feat_extract_layers": 2,
 }
+_SPECTRUM = {"num_mel_bins": 16, "max_length": 32, "patch_size": 8, "num_labels": 3}
 _BLIP_TEXT = {**_TEXT, "encoder_hidden_size": 32, "projection_dim": 16, "bos_token_id": 1, "sep_token_id": 2}
 _LLAVA = {
     "text_config": {"model_type": "llama", **_TEXT, "num_key_value_heads": 2},
     "vision_config": {"model_type": "clip_vision_model", **_VISION},
     "image_token_index": 5,
+}
+
+_PALIGEMMA = {
+    "text_config": {"model_type": "gemma", **_TEXT, "num_key_value_heads": 2, "head_dim": 8},
+    "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+    "image_token_id": 5,
+    "projection_dim": 32,
+}
+_QWEN_VL = {
+    "text_config": {
+        **_TEXT,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4},
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
 }
 
 IMAGES_AND_SOUND = (
@@ -220,6 +240,7 @@ IMAGES_AND_SOUND = (
     _encoder("wav2vec2", "Wav2Vec2ForCTC", **_AUDIO),
     _encoder("wav2vec2", "Wav2Vec2ForSequenceClassification", "classifier", name="wav2vec2, classifier", **_AUDIO),
     _encoder("hubert", "HubertForCTC", **_AUDIO),
+    _encoder("audio-spectrogram-transformer", "ASTForAudioClassification", "classifier", **_SPECTRUM),
     Architecture(
         name="blip",
         cls="BlipForConditionalGeneration",
@@ -228,6 +249,14 @@ IMAGES_AND_SOUND = (
         targets=("query", "value", "qkv", "fc1"),
     ),
     _encoder("llava", "LlavaForConditionalGeneration", **_LLAVA),
+    _encoder("paligemma", "PaliGemmaForConditionalGeneration", **_PALIGEMMA),
+    Architecture(
+        name="qwen2_vl",
+        cls="Qwen2VLForConditionalGeneration",
+        kind="qwen2_vl",
+        options=_QWEN_VL,
+        fault="its images come as patches of a grid (image_grid_thw), for which no sample is known",
+    ),
 )
 
 ARCHITECTURES = {entry.name: entry for entry in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *IMAGES_AND_SOUND)}

@@ -69,7 +69,7 @@ def cover(architecture: Architecture, folder: Path) -> Row:
     )
     started = time.process_time()
     try:
-        trained = train(architecture.build(), config, folder)
+        trained = train(architecture.build(), config, folder, save_embedding_layers=False)
         options = MergeOptions(dtype="float32", n_workers=1, memory_bytes=MEMORY_BYTES)
         merge(trained.adapter, base=trained.base, output=folder / "merged", merge_options=options)
         started = time.process_time()

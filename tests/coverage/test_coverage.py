@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,15 @@ def _covered(architecture: Architecture, folder: Path) -> Row:
         out.write_text(json.dumps(asdict(Row(name=architecture.name, cls=architecture.cls, error=reason))) + "\n")
     entry = json.loads(out.read_text())
     return Row(**{**entry, "graphs": tuple(entry["graphs"])})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mistral, sliding window", "wav2vec2"])
+def test_an_architecture_of_every_run_is_exported_and_proven(name: str, tmp_path: Path) -> None:
+    """Beside the decoder, classifier, encoder-decoder and image model that ``tests/parity`` looks at closely."""
+    row = cover(replace(ARCHITECTURES[name], n_layers=1), tmp_path)
+    assert row.is_good, row
 
 
 @pytest.mark.nightly
