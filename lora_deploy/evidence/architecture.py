@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification")
 INSTALL_HINT = "install the extra: pip install 'lora-deploy[export]'"
 
 
@@ -37,6 +38,12 @@ class Architecture:
     is_decoder: bool
     """Whether it continues a text from left to right: padded on the left, with positions and a cache."""
     is_encoder_decoder: bool
+    """Whether its decoder, besides, takes a text of its own."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether that text is an answer, which grows token by token; classifiers make theirs of their input."""
+        return self.is_encoder_decoder and not self.name.endswith(_CLASSIFIERS)
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture | Absence:
@@ -55,7 +62,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture | Absence:
         reason = f"transformers {transformers.__version__} has no architecture {names[0]}, so there is no model to run"
         return Absence(reason=reason, is_applicable=False)
     arguments = frozenset(inspect.signature(cls.forward).parameters)
-    is_encoder_decoder = bool(config.get("is_encoder_decoder")) or "decoder_input_ids" in arguments
+    is_encoder_decoder = "decoder_input_ids" in arguments
     return Architecture(
         name=names[0],
         main_input=str(cls.main_input_name),

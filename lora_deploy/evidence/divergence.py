@@ -74,8 +74,11 @@ class Divergence:
 
 
 def is_distribution(output: str, width: int) -> bool:
-    """Whether an output is the logits of classes, so that a softmax gives it its meaning."""
-    return output.startswith("logits") and width > 1
+    """Whether an output is the logits of classes, so that a softmax gives it its meaning.
+
+    What CLIP calls ``logits_per_image`` has a class for every text of the batch: a comparison, and none for one text.
+    """
+    return output.startswith("logits") and not output.startswith("logits_per_") and width > 1
 
 
 def diverge(output: str, reference: Tensor, subject: Tensor) -> Divergence:

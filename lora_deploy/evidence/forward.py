@@ -57,14 +57,20 @@ def tensors_in(output: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def rows_of(probe: Probe, value: Tensor, start: int = 0) -> Tensor:
-    """Cut an output into rows: real positions from ``start`` on, or items of the batch.
+    """Cut an output into rows: real positions from ``start`` on, places of images and frames, or items of the batch.
 
-    Shapes: (batch, sequence - start, …) gives (real positions, product of the rest); (batch, …) gives (batch, rest).
+    Shapes: (batch, sequence - start, …) gives (real positions, product of the rest), (batch, frames, width) gives
+    (batch * frames, width), (batch, channels, height, width) gives (batch * height * width, channels), and
+    (batch, width) stays.
     """
     mask = probe.mask
     value = value.detach().to(torch.float32)
     if mask is not None and value.ndim >= 3 and value.shape[:2] == mask[:, start:].shape:
         return value[mask[:, start:]].flatten(1)
+    if value.ndim == 3:
+        return value.flatten(0, 1)
+    if value.ndim == 4:
+        return value.movedim(1, -1).flatten(0, 2)
     return value.reshape(value.shape[0], -1) if value.ndim > 1 else value.reshape(-1, 1)
 
 
@@ -83,19 +89,40 @@ def _typed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def _continue(model: nn.Module, probe: Probe) -> tuple[Tensor, Tensor]:
     """Choose the best token, again and again: over the model's cache where it gives one, else from the start."""
-    inputs = dict(probe.inputs)
-    mask = inputs["attention_mask"]
-    tokens, margins, cache = [], [], None
-    for _ in range(probe.n_new_tokens):
-        output = model(**inputs, use_cache=True, return_dict=True, past_key_values=cache)
+    inputs = answer_start(probe)
+    ids_name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    tokens, margins = [], []
+    output = model(**_typed(inputs, model), use_cache=True, return_dict=True)
+    while True:
         best = output.logits[0, -1].float().topk(2)
         tokens.append(best.indices[:1])
         margins.append(best.values[0] - best.values[1])
+        if len(tokens) == probe.n_new_tokens:
+            return torch.cat(tokens), torch.stack(margins).float()
         cache = getattr(output, "past_key_values", None)
-        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
         chosen = best.indices[:1].reshape(1, 1)
-        ids = chosen if cache is not None else torch.cat([inputs["input_ids"], chosen], dim=1)
-        inputs |= {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in inputs:
-            inputs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
-    return torch.cat(tokens), torch.stack(margins).float()
+        ids = chosen if cache is not None else torch.cat([inputs[ids_name], chosen], dim=1)
+        inputs = following(inputs, ids)
+        given = inputs if cache is not None else inputs | _images(probe)
+        context = {"encoder_outputs": (output.encoder_last_hidden_state,)} if ids_name != "input_ids" else {}
+        output = model(**_typed(given, model), **context, use_cache=True, return_dict=True, past_key_values=cache)
+
+
+def answer_start(probe: Probe) -> dict[str, Tensor]:
+    """Give the inputs that a greedy continuation starts from: all of them, of an answer only the first token."""
+    return probe.upto(1) if "decoder_input_ids" in probe.inputs else dict(probe.inputs)
+
+
+def following(inputs: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """Give the inputs of the step after ``inputs``, (batch, tokens) ``ids``: mask and positions grow by one token."""
+    mask = inputs.get("attention_mask")
+    if "decoder_input_ids" in inputs:
+        return {"decoder_input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+    assert mask is not None  # noqa: S101 - a decoder's probe has one
+    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    found = {"input_ids": ids, "attention_mask": mask}
+    return found | ({"position_ids": positions(mask)[:, -ids.shape[1] :]} if "position_ids" in inputs else {})
+
+
+def _images(probe: Probe) -> dict[str, Tensor]:
+    return {name: value for name, value in probe.inputs.items() if name == "pixel_values"}

@@ -16,7 +16,7 @@ from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.divergence import compare_outputs, join
 from lora_deploy.evidence.forward import LOGITS, Outputs
 from lora_deploy.evidence.graphs import GraphFolder
-from lora_deploy.evidence.onnx_subject import OnnxRun, decoded_rows, run_graphs
+from lora_deploy.evidence.onnx_subject import OnnxRun, run_graphs
 from lora_deploy.evidence.parity_report import SubjectReport
 from lora_deploy.evidence.probe import Probe
 from lora_deploy.evidence.reference_run import ReferenceRun
@@ -43,6 +43,13 @@ class GraphRuns:
     """A report where they did not run."""
     base: OnnxRun | None = None
     base_problem: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was not run, and why."""
+        if not isinstance(self.merged, OnnxRun):
+            return ()
+        return tuple(f"onnx: {name} left out: {reason}" for name, reason in self.merged.left_out.items())
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -90,14 +97,12 @@ def graph_subjects(
         if output in export
     }
     found = [compare_subject("onnx prefill", run.prefill, reference.outputs, tolerances, run.facts)]
-    by_name = {probe.name: probe for probe in probes}
-    for title, wanted in (("batch 1", 1), (f"batch {_most_rows(probes)}, left-padded", _most_rows(probes))):
-        rows = {name: out for name, out in run.decode.items() if len(by_name[name].inputs["input_ids"]) == wanted}
+    for title, names in _by_batch(run, probes).items():
+        rows = {name: run.decode[name] for name in names}
         expected: Outputs = {
-            name: {LOGITS: decoded_rows(by_name[name], reference.outputs[name][LOGITS])} for name in rows
+            name: {LOGITS: reference.outputs[name][LOGITS][run.decoding[name].is_decoded]} for name in names
         }
-        if rows:
-            found.append(compare_subject(f"onnx decode over a cache, {title}", rows, expected, tolerances, {}))
+        found.append(compare_subject(f"onnx decode over a cache, {title}", rows, expected, tolerances, {}))
     if run.greedy:
         found.append(compare_subject("onnx greedy", run.greedy, reference.outputs, tolerances, {}))
     if runs.base is None and run.dtype is not torch.float32:
@@ -105,8 +110,15 @@ def graph_subjects(
     return tuple(found)
 
 
-def _most_rows(probes: Sequence[Probe]) -> int:
-    return max(next(iter(probe.inputs.values())).shape[0] for probe in probes)
+def _by_batch(run: OnnxRun, probes: Sequence[Probe]) -> dict[str, list[str]]:
+    """Sort the probes that were decoded by how many rows they have and where these are padded."""
+    found: dict[str, list[str]] = {}
+    for probe in probes:
+        if probe.name in run.decode:
+            padding = run.padding[probe.name]
+            title = f"batch {len(probe.tokens)}" + (f", {padding}-padded" if padding else "")
+            found.setdefault(title, []).append(probe.name)
+    return found
 
 
 def _export_share(runs: GraphRuns, reference: ReferenceRun) -> dict[str, Share]:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
-
+from lora_deploy.errors import InconclusiveError
 from lora_deploy.evidence.architecture import Architecture
+from lora_deploy.evidence.forward import following
+from lora_deploy.evidence.graph_model import GraphModel, open_model
 from lora_deploy.evidence.graphs import GraphFolder
-from lora_deploy.evidence.probe import SEED, Probe, make_probes, positions
-from lora_deploy.evidence.session import Session, open_folder
+from lora_deploy.evidence.probe import Probe, make_workload
+from lora_deploy.evidence.session import Session, plain
 from lora_deploy.evidence.timing import Load, Times
 
 N_TOKENS = 64
 PREFILL, DECODE, FORWARD = "prefill", "decode", "forward"
+_ROWS = (1, 2, 4)
+"""Batches to try: 1, unless the graph was made for another one."""
+_MAIN_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
+Runs: TypeAlias = "tuple[tuple[Session, dict[str, Any]], ...]"
+"""Graphs in the order in which they run, each with its inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,29 +41,38 @@ class Workload:
     @property
     def description(self) -> str:
         """For the report."""
-        return f"batch 1, {N_TOKENS} tokens read, then one more over the cache; {self.n_threads} thread(s)"
+        if self.config.get("is_encoder_decoder"):
+            work = "an input read (64 tokens, where it is text) and the answer's first token found, then one more"
+        else:
+            work = f"{N_TOKENS} tokens read, then one more over the cache; or one image or sound"
+        return f"batch 1, {work}; {self.n_threads} thread(s)"
 
-    def inputs(self, session: Session) -> dict[str, Tensor]:
-        """Make the first input of a graph: random tokens, or whatever else it takes."""
-        if "input_ids" not in session.inputs:
-            return dict(self._other(session).inputs)
-        n_tokens = _vocabulary(self.config)
-        ids = torch.randint(0, n_tokens, (1, N_TOKENS), generator=torch.Generator().manual_seed(SEED))
-        mask = torch.ones_like(ids)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+    def probe(self, model: GraphModel) -> Probe:
+        """Make what a model reads: random tokens, or whatever else its first graph takes.
 
-    def _other(self, session: Session) -> Probe:
-        name = next(
-            (n for n in ("pixel_values", "input_features", "input_values") if n in session.inputs), "pixel_values"
-        )
-        fed = Architecture(name="", main_input=name, arguments=frozenset(), is_decoder=False, is_encoder_decoder=False)
-        return make_probes(self.config, fed)[0]
+        Raises:
+            InconclusiveError: It takes none of the batches that are tried.
+        """
+        architecture = _architecture(model, self.config)
+        probes = [make_workload(self.config, architecture, n_rows, N_TOKENS) for n_rows in _ROWS]
+        misfits = [model.misfit(probe.inputs) for probe in probes]
+        found = next((probe for probe, misfit in zip(probes, misfits, strict=True) if not misfit), None)
+        if found is None:
+            raise InconclusiveError(f"{model.prefill.path}: {misfits[0]}")
+        return found
 
 
-def _vocabulary(config: Mapping[str, Any]) -> int:
-    parts = (config, config.get("text_config"))
-    found = next((p["vocab_size"] for p in parts if isinstance(p, Mapping) and isinstance(p.get("vocab_size"), int)), 2)
-    return int(found)
+def _architecture(model: GraphModel, config: Mapping[str, Any]) -> Architecture:
+    """Say what a model takes by its graphs, without loading anything else."""
+    first = model.encoder or model.prefill
+    names = frozenset(plain(name) for session in {first, model.prefill} for name in session.inputs)
+    return Architecture(
+        name=str(next(iter(config.get("architectures") or ()), "")),
+        main_input=next((name for name in _MAIN_INPUTS if name in first.inputs), "input_ids"),
+        arguments=names,
+        is_decoder=model.encoder is None and model.continues,
+        is_encoder_decoder=model.encoder is not None,
+    )
 
 
 def loader(folder: GraphFolder, workload: Workload) -> Load:
@@ -75,19 +89,12 @@ class TimedGraphs:
         Raises:
             EvidenceError, InconclusiveError, RecipeError: As ``open_session``.
         """
-        prefill, decode = open_folder(folder, provider=workload.provider, n_threads=workload.n_threads)
-        inputs = workload.inputs(prefill)
-        first = prefill.feed(inputs)
-        self._runs = {PREFILL if decode.takes_cache else FORWARD: (prefill, first)}
-        if decode.takes_cache:
-            outputs = prefill.run(inputs)
-            mask = torch.ones((1, N_TOKENS + 1), dtype=torch.int64)
-            following = {
-                "input_ids": inputs["input_ids"][:, -1:],
-                "attention_mask": mask,
-                "position_ids": positions(mask)[:, -1:],
-            }
-            self._runs[DECODE] = (decode, decode.feed(following, decode.next_cache(outputs)))
+        model = open_model(folder, provider=workload.provider, n_threads=workload.n_threads)
+        probe = workload.probe(model)
+        self._runs: dict[str, Runs] = {PREFILL if model.continues else FORWARD: model.reading(probe.inputs)}
+        if model.continues:
+            following_inputs = following(probe.inputs, probe.tokens[:, -1:])
+            self._runs[DECODE] = model.going_on(following_inputs, model.read(probe.inputs))
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -96,7 +103,8 @@ class TimedGraphs:
 
     def run(self, phase: str) -> Times:
         """Run a phase once, by both clocks."""
-        session, feeds = self._runs[phase]
+        runs = self._runs[phase]
         wall, cpu = time.perf_counter_ns(), time.process_time_ns()
-        session.compute(feeds)
+        for session, feeds in runs:
+            session.compute(feeds)
         return Times((time.process_time_ns() - cpu) / 1e9, (time.perf_counter_ns() - wall) / 1e9)

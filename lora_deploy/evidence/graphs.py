@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SUBFOLDERS = ("onnx", ".")
+_ENCODER = ("encoder.onnx", "encoder_model.onnx")
 _PREFILL = ("model.onnx", "prefill.onnx", "decoder_model.onnx", "decoder_model_merged.onnx")
 _DECODE = ("decode.onnx", "decoder_with_past_model.onnx", "model_with_past.onnx")
 _MARKS = ("export.json", "genai_config.json", "config.json")
@@ -22,11 +23,14 @@ class GraphFolder:
     """Reads a whole text, or any other input."""
     decode: Path
     """Continues a text over a cache; the same file where one graph does both."""
+    encoder: Path | None = None
+    """Reads the input, where the decoder is another part of the model."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every graph, once."""
-        return tuple(dict.fromkeys((self.prefill, self.decode)))
+        """Every graph, once, in the order in which they run."""
+        first = () if self.encoder is None else (self.encoder,)
+        return tuple(dict.fromkeys((*first, self.prefill, self.decode)))
 
     @property
     def n_bytes(self) -> int:
@@ -44,5 +48,6 @@ def find_graphs(folder: Path) -> GraphFolder | None:
         if prefill is None or not any((place / mark).is_file() for mark in _MARKS for place in (root, folder)):
             continue
         decode = next((root / file for file in _DECODE if (root / file).is_file()), prefill)
-        return GraphFolder(root=root, prefill=prefill, decode=decode)
+        encoder = next((root / file for file in _ENCODER if (root / file).is_file()), None)
+        return GraphFolder(root=root, prefill=prefill, decode=decode, encoder=encoder)
     return None

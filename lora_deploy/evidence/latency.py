@@ -242,4 +242,5 @@ def _proof(merged: GraphFolder, base: GraphFolder, prove: Prove | None) -> Proof
     if len(merged.files) != len(base.files):
         return Proof(is_equal=False, reason=f"{len(base.files)} graphs became {len(merged.files)}")
     proofs = [prove(one, other) for one, other in zip(base.files, merged.files, strict=True)]
-    return next((proof for proof in proofs if not proof.is_equal), proofs[0])
+    different = next((proof for proof in proofs if not proof.is_equal), None)
+    return different or Proof(is_equal=True, reason="; ".join(dict.fromkeys(proof.reason for proof in proofs)))

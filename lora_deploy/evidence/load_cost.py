@@ -41,13 +41,13 @@ def load_cost(folder: GraphFolder, provider: str = "cpu") -> LoadCost:
 
 def main(graph: Path, provider: str) -> int:
     """Load, print figures; give the exit status."""
-    from lora_deploy.evidence.session import open_folder
+    from lora_deploy.evidence.graph_model import open_model
 
     found = find_graphs(graph.parent) or find_graphs(graph)
     try:
         assert found is not None  # noqa: S101 - the caller found it
         before, started = peak_bytes(), time.monotonic()
-        open_folder(found, provider=provider)
+        open_model(found, provider=provider)
     except LoraDeployError as error:
         print(error.message, file=sys.stderr)  # noqa: T201 - how the child answers
         return error.exit_code

@@ -1,28 +1,29 @@
-"""An ONNX model over the probes: reading whole texts, continuing them over a cache, and choosing tokens greedily.
+"""An ONNX model over the probes: reading whole inputs, continuing them over a cache, and choosing tokens greedily.
 
 Promise: the same inputs as the reference's, row for row; decoding goes one token at a time over a cache that is never
-empty, in batches of one and of several padded on the left.
+empty, in batches of one and of several, padded as the graphs take it. A probe whose sizes a graph was not made for is
+left out, and it is said which and why.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lora_deploy.evidence.forward import LOGITS, TOKENS, rows_of, tensors_in
+from lora_deploy.errors import InconclusiveError
+from lora_deploy.evidence.decoding import Decoding, cut, cut_by_row
+from lora_deploy.evidence.forward import LOGITS, TOKENS, answer_start, following, rows_of, tensors_in
+from lora_deploy.evidence.graph_model import GraphModel, open_model
 from lora_deploy.evidence.graphs import GraphFolder
-from lora_deploy.evidence.probe import Probe, positions
-from lora_deploy.evidence.session import Session, open_folder
-
-N_STEPS = 3
-"""Tokens that are decoded over a cache, one by one."""
+from lora_deploy.evidence.probe import Probe
 
 Rows: TypeAlias = "dict[str, dict[str, Tensor]]"
+_TEXTS = ("input_ids", "decoder_input_ids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,10 +32,16 @@ class OnnxRun:
 
     prefill: Rows
     decode: Rows
-    """Logits of the last positions, computed over a cache; empty where the graph has none."""
+    """Logits of the last positions, computed over a cache; empty where the graphs have none."""
+    decoding: Mapping[str, Decoding]
+    """How each probe in ``decode`` was cut."""
+    padding: Mapping[str, str]
+    """Which side each of them was padded on; empty where it was not."""
     greedy: Rows
     dtype: torch.dtype
-    """Format that the graph computes in."""
+    """Format that the graphs compute in."""
+    left_out: Mapping[str, str]
+    """Probes that the graphs were not made for, each with the reason."""
     facts: Mapping[str, Any]
 
 
@@ -43,23 +50,34 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
 
     Raises:
         EvidenceError: onnxruntime does not load or run them.
-        InconclusiveError: The provider is not there, or the graph wants inputs that the probes do not have.
+        InconclusiveError: The provider is not there, or the graphs take none of the probes.
         RecipeError: No provider has that name.
     """
     started = time.monotonic()
-    prefill, decode = open_folder(folder, provider=provider, n_threads=torch.get_num_threads())
+    model = open_model(folder, provider=provider, n_threads=torch.get_num_threads())
     loaded = time.monotonic()
-    continues = decode.takes_cache and not only_prefill
-    left_out = [probe.name for probe in probes if not _takes(folder, probe)]
+    left_out = {probe.name: misfit for probe in probes if (misfit := model.misfit(probe.inputs))}
     probes = [probe for probe in probes if probe.name not in left_out]
-    texts = [probe for probe in probes if "input_ids" in probe.inputs]
+    if not probes:
+        raise InconclusiveError(f"{folder.root}: takes none of the probes: {next(iter(left_out.values()), '')}")
+    slices: Callable[[Probe], Decoding | None] = cut
+    if has_lengths_by_row(folder):
+        probes, slices = [probe.padded_right() if probe.padding else probe for probe in probes], cut_by_row
+    texts = [probe for probe in probes if any(name in probe.inputs for name in _TEXTS)]
+    if only_prefill or not model.continues:
+        texts = []
+    prefill = run_prefill(model, probes)
+    decoding = {probe.name: found for probe in texts if (found := slices(probe)) is not None}
     return OnnxRun(
-        prefill=run_prefill(prefill, probes),
-        decode=run_decode(prefill, decode, texts) if continues else {},
-        greedy=run_greedy(prefill, decode, texts) if continues else {},
-        dtype=prefill.float_type,
+        prefill=prefill,
+        decode={name: {LOGITS: run_decode(model, found)} for name, found in decoding.items()},
+        decoding=decoding,
+        padding={probe.name: probe.padding for probe in probes},
+        greedy={probe.name: {TOKENS: run_greedy(model, probe)} for probe in texts if probe.n_new_tokens},
+        dtype=model.dtype,
+        left_out=left_out,
         facts={
-            "provider": prefill.provider,
+            "provider": model.prefill.provider,
             "probes_left_out": left_out,
             "graphs": [str(path.relative_to(folder.root)) for path in folder.files],
             "load_seconds": loaded - started,
@@ -68,82 +86,48 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
     )
 
 
-def _takes(folder: GraphFolder, probe: Probe) -> bool:
-    """Whether a graph is made for a probe: those of onnxruntime-genai attend to padding on the left."""
-    is_padded = probe.mask is not None and not bool(probe.mask.all())
-    return not (is_padded and (folder.root / "genai_config.json").is_file())
+def has_lengths_by_row(folder: GraphFolder) -> bool:
+    """Whether a row's tokens lie one behind the other from place 0, and padding after them.
+
+    So it is in graphs of onnxruntime-genai: grouped-query attention takes the rows' lengths, not a mask.
+    """
+    return (folder.root / "genai_config.json").is_file()
 
 
-def run_prefill(session: Session, probes: Sequence[Probe]) -> Rows:
+def run_prefill(model: GraphModel, probes: Sequence[Probe]) -> Rows:
     """Run every probe at once, from an empty cache."""
     found: Rows = {}
     for probe in probes:
-        outputs = {name: value for name, value in session.run(probe.inputs).items() if not session.is_cache(name)}
-        found[probe.name] = {name: rows_of(probe, value) for name, value in tensors_in(outputs)}
+        outputs = model.read(probe.inputs).outputs
+        compared = {name: value for name, value in outputs.items() if not model.prefill.is_cache(name)}
+        found[probe.name] = {name: rows_of(probe, value) for name, value in tensors_in(compared)}
     return found
 
 
-def run_decode(prefill: Session, decode: Session, probes: Sequence[Probe]) -> Rows:
-    """Read all but the last few tokens of each probe, then feed those one by one; gives the logits they lead to.
+def run_decode(model: GraphModel, decoding: Decoding) -> Tensor:
+    """Read the beginning of a probe, then feed its tokens one by one; gives the logits of the real ones, (n, width).
 
     Raises:
-        EvidenceError: onnxruntime does not run the graph.
+        EvidenceError: onnxruntime does not run a graph.
     """
-    found: Rows = {}
-    for probe in probes:
-        width, start = probe.inputs["input_ids"].shape[1], decode_start(probe)
-        if start >= width:
-            continue
-        outputs = prefill.run(_upto(probe.inputs, start))
-        steps = []
-        for position in range(start, width):
-            outputs = decode.run(_at(probe.inputs, position), decode.next_cache(outputs))
-            steps.append(outputs[LOGITS][:, -1:])
-        found[probe.name] = {LOGITS: rows_of(probe, torch.cat(steps, dim=1), start)}
-    return found
+    step, logits = model.read(decoding.first), []
+    for inputs in decoding.steps:
+        step = model.go_on(inputs, step)
+        logits.append(step.outputs[LOGITS][:, -1].float())
+    return torch.stack(logits, dim=1)[decoding.is_fed]
 
 
-def decode_start(probe: Probe) -> int:
-    """Position of the first token that is decoded over the cache."""
-    width = probe.inputs["input_ids"].shape[1]
-    return max(1, width - N_STEPS)
-
-
-def decoded_rows(probe: Probe, rows: Tensor) -> Tensor:
-    """Of a probe's rows, those from the first decoded position on."""
-    mask = probe.mask
-    assert mask is not None  # noqa: S101 - a decoder's probe has one
-    is_decoded = (torch.arange(mask.shape[1]) >= decode_start(probe)).expand_as(mask)
-    return rows[is_decoded[mask]]
-
-
-def run_greedy(prefill: Session, decode: Session, probes: Sequence[Probe]) -> Rows:
-    """Continue each probe of batch 1 with the best token, again and again.
+def run_greedy(model: GraphModel, probe: Probe) -> Tensor:
+    """Continue a probe of batch 1 with the best token, again and again: (tokens,) int64.
 
     Raises:
-        EvidenceError: onnxruntime does not run the graph.
+        EvidenceError: onnxruntime does not run a graph.
     """
-    found: Rows = {}
-    for probe in probes:
-        if not probe.n_new_tokens:
-            continue
-        outputs = prefill.run(probe.inputs)
-        mask = probe.inputs["attention_mask"]
-        tokens = [outputs[LOGITS][0, -1].float().argmax().reshape(1, 1)]
-        while len(tokens) < probe.n_new_tokens:
-            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-            inputs = {"input_ids": tokens[-1], "attention_mask": mask, "position_ids": positions(mask)[:, -1:]}
-            outputs = decode.run(inputs, decode.next_cache(outputs))
-            tokens.append(outputs[LOGITS][0, -1].float().argmax().reshape(1, 1))
-        found[probe.name] = {TOKENS: torch.cat(tokens).flatten()}
-    return found
-
-
-def _upto(inputs: Mapping[str, Tensor], stop: int) -> dict[str, Tensor]:
-    return {name: value[:, :stop] for name, value in inputs.items()}
-
-
-def _at(inputs: Mapping[str, Tensor], position: int) -> dict[str, Tensor]:
-    """The inputs of one step: one token, its position, and the mask of everything up to it."""
-    kept = {name: value[:, position : position + 1] for name, value in inputs.items()}
-    return kept | {"attention_mask": inputs["attention_mask"][:, : position + 1]}
+    inputs = answer_start(probe)
+    step, tokens = model.read(inputs), []
+    while True:
+        tokens.append(step.outputs[LOGITS][0, -1].float().argmax().reshape(1, 1))
+        if len(tokens) == probe.n_new_tokens:
+            return torch.cat(tokens).flatten()
+        inputs = following(inputs, tokens[-1])
+        step = model.go_on(inputs, step)

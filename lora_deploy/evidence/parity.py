@@ -16,15 +16,17 @@ from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.architecture import Absence, Architecture, find_architecture
 from lora_deploy.evidence.chanced import DTypes
+from lora_deploy.evidence.conventions import Conventions
 from lora_deploy.evidence.graph_parity import Graphs, graph_subjects, run_all
 from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
-from lora_deploy.evidence.probe import SEED, Probe, make_probes, read_probes
+from lora_deploy.evidence.probe import SEED, Probe, make_probes
 from lora_deploy.evidence.reference_run import N_PASSES, ReferenceRun, needed_bytes, run_reference
 from lora_deploy.evidence.reload import run_reloaded
 from lora_deploy.evidence.subject import compare_subject
 from lora_deploy.evidence.tolerance import Power, Share, Tolerance, merge_share
+from lora_deploy.evidence.user_probe import read_probes
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.evidence.versions import versions
 from lora_deploy.merge.budget import available_bytes
@@ -59,9 +61,10 @@ def check_parity(
         if not architecture.is_applicable:
             return NotApplicable(reason=architecture.reason)
         return _unmeasured(architecture.reason, architecture.hint)
-    probes = make_probes(plan.config, architecture)
+    conventions = Conventions.of(plan.config, merged.root)
+    probes = make_probes(plan.config, architecture, conventions=conventions)
     if options is not None and options.probes is not None:
-        probes += read_probes(options.probes, merged.root, plan.config, architecture)
+        probes += read_probes(options.probes, merged.root, conventions, architecture)
     needed, available = needed_bytes(plan, probes), available_bytes()
     if available is not None and needed > available:
         return _unmeasured(
@@ -108,7 +111,7 @@ def _measure(
         magnitudes=reference.magnitudes,
         probes={probe.name: probe.description for probe in probes},
         seed=SEED,
-        notes=_notes(reference),
+        notes=(*_notes(reference), *_unseen(architecture, plan, probes), *(runs.notes if runs is not None else ())),
         versions=versions(),
     )
     return judged(report)
@@ -182,6 +185,14 @@ def _notes(reference: ReferenceRun) -> tuple[str, ...]:
     if reference.magnitudes.warning and reference.magnitudes.verdict is Verdict.PASS:
         notes.append(reference.magnitudes.warning)
     return tuple(notes)
+
+
+def _unseen(architecture: Architecture, plan: MergePlan, probes: Sequence[Probe]) -> tuple[str, ...]:
+    """Say that a model of images and texts was shown texts alone."""
+    sees = "pixel_values" in architecture.arguments and "vision_config" in plan.config
+    if not sees or any("pixel_values" in probe.inputs for probe in probes):
+        return ()
+    return (f"texts alone were probed: what {architecture.name} wants besides pixels is not known; give --probes",)
 
 
 def _unmeasured(reason: str, hint: str) -> ParityReport:

@@ -1,22 +1,23 @@
-"""What models are fed to compare them: seeded random inputs made from a configuration, and the user's own.
+"""What models are fed to compare them: seeded random inputs of the sizes that a configuration says.
 
 Promise: the same configuration and seed give the same probes. Random tokens reach every part of a vocabulary, which
-texts of one kind do not; padding is on the left for decoders, as generation pads, and on the right for encoders.
+texts of one kind do not; padding is on the left for decoders, as generation pads, and on the right for encoders and for
+the answers of encoder-decoders.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_deploy.errors import InputError
 from lora_deploy.evidence.architecture import Architecture
+from lora_deploy.evidence.conventions import Conventions
+from lora_deploy.evidence.image_tokens import image_tokens
+from lora_deploy.evidence.stimulus import images, sounds
 
 SEED = 20_261_125
 SHORT, LONG = 5, 48
@@ -24,8 +25,12 @@ SHORT, LONG = 5, 48
 N_NEW_TOKENS = 16
 """Tokens that greedy decoding adds to a probe of batch 1."""
 _BATCH = 4
+_BATCHES = (1, 2, _BATCH)
 _SPECIAL_ROOM = 8
-_MAX_USER_TOKENS = 512
+_LONGEST_ANSWER, _ANSWERS_STEP = 12, 2
+"""Tokens of the longest answer in a padded batch, and how many fewer the next row has."""
+_ANSWER = "decoder_input_ids"
+_SPECIAL = ("pad_token_id", "eos_token_id", "image_token_id", "image_token_index")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,198 +46,221 @@ class Probe:
     @property
     def mask(self) -> Tensor | None:
         """(batch, sequence) bool: which output positions are real; None where outputs have no such axis."""
-        if "decoder_input_ids" in self.inputs:
-            return torch.ones_like(self.inputs["decoder_input_ids"], dtype=torch.bool)
+        if _ANSWER in self.inputs:
+            mask = self.inputs.get("decoder_attention_mask")
+            return torch.ones_like(self.inputs[_ANSWER], dtype=torch.bool) if mask is None else mask.bool()
         mask = self.inputs.get("attention_mask")
         return None if mask is None else mask.bool()
+
+    @property
+    def tokens(self) -> Tensor:
+        """(batch, sequence) int64: the text that is continued."""
+        return self.inputs[_ANSWER if _ANSWER in self.inputs else "input_ids"]
 
     @property
     def description(self) -> str:
         """Shapes, for the report."""
         return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.inputs.items())
 
+    def upto(self, stop: int) -> dict[str, Tensor]:
+        """Inputs whose text ends before a position; everything else is whole."""
+        return {name: value[:, :stop] if self._runs_with_text(name) else value for name, value in self.inputs.items()}
 
-def make_probes(config: Mapping[str, Any], architecture: Architecture, seed: int = SEED) -> tuple[Probe, ...]:
-    """Make the probes of a model: one short, one long, and four of unequal length in one padded batch.
+    def at(self, position: int) -> dict[str, Tensor]:
+        """Inputs of one step: one token, its position, and the mask of everything up to it."""
+        found = {}
+        for name, value in self.inputs.items():
+            if self._runs_with_text(name):
+                found[name] = value[:, : position + 1] if "mask" in name else value[:, position : position + 1]
+        return found
+
+    def padded_right(self) -> Probe:
+        """The same text with its padding moved behind it; real positions keep their order."""
+        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
+        order = mask.bool().int().argsort(dim=1, descending=True, stable=True)
+        moved = {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order)}
+        if "position_ids" in self.inputs:
+            moved["position_ids"] = positions(moved["attention_mask"])
+        return replace(self, inputs={**self.inputs, **moved})
+
+    @property
+    def padding(self) -> str:
+        """``left`` or ``right``; empty where no row is padded."""
+        mask = self.mask
+        if mask is None or bool(mask.all()):
+            return ""
+        return "right" if bool(mask[:, 0].all()) else "left"
+
+    def _runs_with_text(self, name: str) -> bool:
+        if _ANSWER in self.inputs:
+            return name.startswith("decoder_")
+        return self.inputs[name].shape == self.inputs["input_ids"].shape
+
+
+def make_probes(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    seed: int = SEED,
+    *,
+    conventions: Conventions | None = None,
+) -> tuple[Probe, ...]:
+    """Make the probes of a model.
+
+    For texts one short, one long, and four of unequal length in one padded batch; for images and sounds batches of one,
+    two and four.
 
     Raises:
         InputError: The configuration does not say the sizes that its inputs have.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if architecture.main_input == "pixel_values":
-        return tuple(
-            Probe(name=f"images x{n}", inputs={"pixel_values": _images(config, n, generator)}) for n in (1, _BATCH)
+    drawing = _Drawing(conventions or Conventions(config=config), architecture, seed)
+    return tuple(drawing.texts() if drawing.reads_text else (drawing.single(n) for n in _BATCHES))
+
+
+def make_workload(config: Mapping[str, Any], architecture: Architecture, n_rows: int, n_tokens: int) -> Probe:
+    """Make one input of ``n_rows`` that times are taken with: ``n_tokens`` of text, fewer if so many have no place.
+
+    Raises:
+        InputError: As ``make_probes``.
+    """
+    drawing = _Drawing(Conventions(config=config), architecture, SEED)
+    if not drawing.reads_text:
+        return drawing.single(n_rows)
+    return drawing.text("workload", [min(n_tokens, drawing.room)] * n_rows, answers=[1] * n_rows)
+
+
+class _Drawing:
+    """Draws inputs of one model, one after the other."""
+
+    def __init__(self, conventions: Conventions, architecture: Architecture, seed: int) -> None:
+        self._known, self._architecture = conventions, architecture
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sees = {"input_ids", "pixel_values"} <= architecture.arguments and "vision_config" in conventions.config
+        self.reads_text = architecture.main_input == "input_ids" or self._sees
+        self._image_text: tuple[int, ...] = ()
+        if self._sees and architecture.is_decoder:
+            self._image_text = image_tokens(conventions, architecture)
+            self._sees = bool(self._image_text)
+
+    @property
+    def room(self) -> int:
+        """Tokens of text that have a place beside an image and the continuation."""
+        wanted = self._known.n_positions - len(self._image_text)
+        return max(1, wanted - (n_new_tokens(self._known) if self._architecture.is_decoder else 0))
+
+    def texts(self) -> Iterator[Probe]:
+        longest = min(LONG, self.room)
+        short = min(SHORT, longest)
+        yield self.text(f"{short} tokens", [short], answers=[short])
+        yield self.text(f"{longest} tokens", [longest], answers=[2 * _LONGEST_ANSWER])
+        if self._sees:
+            yield self.text("2 padded rows", [longest, max(1, longest // 2)], answers=[_LONGEST_ANSWER] * 2)
+        rows = [longest, max(1, longest * 2 // 3), max(1, longest // 3), short]
+        answers = [_LONGEST_ANSWER - _ANSWERS_STEP * k for k in range(_BATCH)]
+        yield self.text(f"{_BATCH} padded rows", rows, answers=answers)
+        if self._image_text:
+            self._sees, self._image_text = False, ()
+            yield self.text(f"{short} tokens, no image", [short])
+
+    def text(self, name: str, lengths: Sequence[int], answers: Sequence[int] = ()) -> Probe:
+        """Draw rows of tokens, with an image for each where the model sees, and an answer where it gives one."""
+        beginning = torch.tensor(self._image_text, dtype=torch.int64)
+        rows = [torch.cat([beginning, self._ended(self._tokens(n))]) for n in lengths]
+        extra = {"pixel_values": images(self._known, len(rows), self._generator)} if self._sees else {}
+        return text_probe(name, rows, self._known, self._architecture, extra, self._answers(answers))
+
+    def single(self, n: int) -> Probe:
+        """Draw ``n`` images or sounds."""
+        name = self._architecture.main_input
+        if name == "pixel_values":
+            title, value = f"images x{n}", images(self._known, n, self._generator)
+        else:
+            title, value = f"audio x{n}", sounds(self._known, self._architecture, n, self._generator)
+        first = 2 * _LONGEST_ANSWER if n == 1 else _LONGEST_ANSWER
+        answers = self._answers([first - _ANSWERS_STEP * k for k in range(n)])
+        return with_answers(Probe(name=title, inputs={name: value}), answers, self._known, self._architecture)
+
+    def _answers(self, lengths: Sequence[int]) -> list[Tensor]:
+        if not self._architecture.answers:
+            return []
+        room = max(1, self._known.n_positions - n_new_tokens(self._known))
+        start = torch.tensor([self._known.start])
+        return [torch.cat([start, self._tokens(max(1, min(n, room)) - 1)]) for n in lengths]
+
+    def _tokens(self, n: int) -> Tensor:
+        """Draw tokens, leaving out marks, and the first few, which often are some, where there are enough."""
+        n_tokens = self._known.size("vocab_size")
+        first = _SPECIAL_ROOM if n_tokens > 4 * _SPECIAL_ROOM else 0
+        special = {self._known.token(name) for name in _SPECIAL}
+        plain = next(
+            token for token in (*range(first, n_tokens), 0) if token not in special or n_tokens <= len(special)
         )
-    if architecture.main_input in {"input_features", "input_values"}:
-        return tuple(_speech(config, architecture, n, generator) for n in (1, 2))
-    longest = _longest(config, architecture, LONG)
-    short = min(SHORT, longest)
-    rows = {
-        f"{short} tokens": [short],
-        f"{longest} tokens": [longest],
-        f"{_BATCH} padded rows": [longest, max(1, longest * 2 // 3), max(1, longest // 3), min(longest, SHORT)],
-    }
-    probes = []
-    for name, lengths in rows.items():
-        ids = [_tokens(config, n, generator) for n in lengths]
-        extra: dict[str, Tensor] = {}
-        if "pixel_values" in architecture.arguments and "vision_config" in config and not architecture.is_decoder:
-            extra = {"pixel_values": _images(config["vision_config"], len(ids), generator)}
-        probes.append(_text_probe(name, ids, config, architecture, extra))
-    return tuple(probes)
+        ids = torch.randint(first, n_tokens, (n,), generator=self._generator)
+        for token in special - {None}:
+            ids[ids == token] = plain
+        return ids
+
+    def _ended(self, ids: Tensor) -> Tensor:
+        """Put the end's mark where models look for it: CLIP's text tower, and classifiers of encoder-decoders."""
+        looks_for_end = (self._sees and not self._architecture.is_decoder) or (
+            self._architecture.is_encoder_decoder and not self._architecture.answers
+        )
+        end = self._known.token("eos_token_id") if looks_for_end else None
+        return ids if end is None else torch.cat([ids[:-1], torch.tensor([end])])
 
 
-def _text_probe(
+def text_probe(
     name: str,
     rows: Sequence[Tensor],
-    config: Mapping[str, Any],
+    conventions: Conventions,
     architecture: Architecture,
     extra: Mapping[str, Tensor] | None = None,
+    answers: Sequence[Tensor] = (),
 ) -> Probe:
     """Pad rows of tokens into one batch, with the mask and the positions that the model takes."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), _pad_token(config), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for k, row in enumerate(rows):
-        place = slice(width - len(row), width) if architecture.is_decoder else slice(0, len(row))
-        ids[k, place], mask[k, place] = row, 1
+    ids, mask = _padded(rows, conventions.padding, is_left=architecture.is_decoder)
     inputs = {"input_ids": ids, "attention_mask": mask, **(extra or {})}
     if architecture.is_decoder and "position_ids" in architecture.arguments:
         inputs["position_ids"] = positions(mask)
-    if architecture.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids.flip(1) if mask.all() else ids[:, : max(1, width // 2)]
     is_greedy = architecture.is_decoder and len(rows) == 1
-    return Probe(name=name, inputs=inputs, n_new_tokens=_n_new_tokens(config) if is_greedy else 0)
+    probe = Probe(name=name, inputs=inputs, n_new_tokens=n_new_tokens(conventions) if is_greedy else 0)
+    return with_answers(probe, answers, conventions, architecture)
 
 
-def _n_new_tokens(config: Mapping[str, Any]) -> int:
-    return min(N_NEW_TOKENS, _n_positions(config) // 2)
+def with_answers(
+    probe: Probe, answers: Sequence[Tensor], conventions: Conventions, architecture: Architecture
+) -> Probe:
+    """Give the decoder of an encoder-decoder its text: rows of tokens, each from the token that answers start with.
+
+    Rows are padded on the right where the model takes a mask for that; else all are as long as the shortest.
+    """
+    if not answers:
+        return probe
+    if "decoder_attention_mask" not in architecture.arguments:
+        shortest = min(len(row) for row in answers)
+        answers = [row[:shortest] for row in answers]
+    ids, mask = _padded(answers, conventions.padding, is_left=False)
+    inputs = {**probe.inputs, _ANSWER: ids}
+    if not bool(mask.all()):
+        inputs["decoder_attention_mask"] = mask
+    is_greedy = architecture.answers and len(answers) == 1
+    return replace(probe, inputs=inputs, n_new_tokens=n_new_tokens(conventions) if is_greedy else 0)
 
 
-def _longest(config: Mapping[str, Any], architecture: Architecture, wanted: int) -> int:
-    """Leave room for the continuation where there is one."""
-    room = _n_positions(config) - (_n_new_tokens(config) if architecture.is_decoder else 0)
-    return max(1, min(wanted, room))
+def _padded(rows: Sequence[Tensor], filler: int, *, is_left: bool) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), filler, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for k, row in enumerate(rows):
+        place = slice(width - len(row), width) if is_left else slice(0, len(row))
+        ids[k, place], mask[k, place] = row, 1
+    return ids, mask
+
+
+def n_new_tokens(conventions: Conventions) -> int:
+    """How far a greedy continuation goes."""
+    return min(N_NEW_TOKENS, conventions.n_positions // 2)
 
 
 def positions(mask: Tensor) -> Tensor:
     """Count real tokens from 0, (batch, sequence); padding before them has position 0."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _speech(config: Mapping[str, Any], architecture: Architecture, n: int, generator: torch.Generator) -> Probe:
-    if architecture.main_input == "input_values":
-        return Probe(name=f"audio x{n}", inputs={"input_values": torch.randn(n, 8000, generator=generator)})
-    n_frames = 2 * _size(config, "max_source_positions")
-    features = torch.randn(n, _size(config, "num_mel_bins"), n_frames, generator=generator)
-    tokens = torch.stack([_tokens(config, SHORT, generator) for _ in range(n)])
-    return Probe(name=f"audio x{n}", inputs={"input_features": features, "decoder_input_ids": tokens})
-
-
-def _images(config: Mapping[str, Any], n: int, generator: torch.Generator) -> Tensor:
-    size = config.get("image_size")
-    if isinstance(size, Mapping):
-        size = [size.get("height"), size.get("width")]
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    if not (isinstance(height, int) and isinstance(width, int)):
-        raise InputError(f"config.json: image_size: found {config.get('image_size')!r}, expected pixels")
-    return torch.randn(n, int(config.get("num_channels", 3)), height, width, generator=generator)
-
-
-def _tokens(config: Mapping[str, Any], n: int, generator: torch.Generator) -> Tensor:
-    """Draw tokens, leaving out the first few, which are often padding and marks, where there are enough."""
-    n_tokens = _size(config, "vocab_size")
-    first = _SPECIAL_ROOM if n_tokens > 4 * _SPECIAL_ROOM else 0
-    return torch.randint(first, n_tokens, (n,), generator=generator)
-
-
-def _pad_token(config: Mapping[str, Any]) -> int:
-    found = config.get("pad_token_id", _text_config(config).get("pad_token_id"))
-    return found if isinstance(found, int) and 0 <= found < _size(config, "vocab_size") else 0
-
-
-def _n_positions(config: Mapping[str, Any]) -> int:
-    text = _text_config(config)
-    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        if isinstance(text.get(key), int):
-            # RoBERTa's first positions are taken by padding
-            return int(text[key]) - (2 if "roberta" in str(text.get("model_type")) else 0)
-    return 1 << 20
-
-
-def _size(config: Mapping[str, Any], name: str) -> int:
-    found = config.get(name, _text_config(config).get(name))
-    if not isinstance(found, int) or found < 1:
-        raise InputError(f"config.json: {name}: found {found!r}, expected a size")
-    return found
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that says the vocabulary: its own, or a nested one."""
-    nested = [config.get(key) for key in ("text_config", "llm_config", "decoder", "encoder")]
-    return next((part for part in (config, *nested) if isinstance(part, Mapping) and "vocab_size" in part), config)
-
-
-def read_probes(path: Path, folder: Path, config: Mapping[str, Any], architecture: Architecture) -> tuple[Probe, ...]:
-    """Read the user's probes: a line is ``{"prompt": "…"}``, for the folder's tokenizer, or ``{"input_ids": […]}``.
-
-    Raises:
-        InputError: A line is neither; the message has its number.
-    """
-    if architecture.main_input != "input_ids":
-        raise InputError(f"{path}: {architecture.name} takes {architecture.main_input}, not texts")
-    tokenize: list[Any] = []  # loaded when the first prompt comes
-    probes = []
-    for number, entry in _lines(path):
-        where = f"{path}:{number}"
-        if "input_ids" in entry:
-            ids = _checked_ids(entry["input_ids"], where, _size(config, "vocab_size"))
-        elif isinstance(entry.get("prompt"), str):
-            if not tokenize:
-                tokenize.append(_tokenizer(folder, where))
-            ids = _checked_ids(tokenize[0](entry["prompt"])["input_ids"], where, _size(config, "vocab_size"))
-        else:
-            raise InputError(f"{where}: found keys {sorted(entry)}, expected prompt (a text) or input_ids (a list)")
-        row = torch.tensor(ids[: _longest(config, architecture, _MAX_USER_TOKENS)])
-        probes.append(_text_probe(f"{path.name}:{number}", [row], config, architecture))
-    if not probes:
-        raise InputError(f"{path}: holds no probe", hint='a line is {"prompt": "…"} or {"input_ids": [1, 2]}')
-    return tuple(probes)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: is not valid JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}:{number}: found a JSON {type(entry).__name__}, expected an object")
-        yield number, entry
-
-
-def _checked_ids(ids: object, where: str, n_tokens: int) -> list[int]:
-    if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
-        raise InputError(f"{where}: input_ids: found {ids!r:.40}, expected a list of one or more integers")
-    wrong = next((token for token in ids if not 0 <= token < n_tokens), None)
-    if wrong is not None:
-        raise InputError(f"{where}: input_ids: found {wrong}, expected 0 to {n_tokens - 1}")
-    return ids
-
-
-def _tokenizer(folder: Path, where: str) -> Any:  # noqa: ANN401 - of transformers, untyped
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the tokenizer's own code raises
-        raise InputError(
-            f"{where}: prompts need a tokenizer, and {folder} has none that loads: {error}",
-            hint="give input_ids instead",
-        ) from error

@@ -7,7 +7,7 @@ silence. What a graph wants is read from the graph: names, types and shapes of i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,6 @@ from torch import Tensor
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import EvidenceError, InconclusiveError, RecipeError
 from lora_deploy.evidence.architecture import INSTALL_HINT, missing_packages
-from lora_deploy.evidence.graphs import GraphFolder
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -39,9 +38,13 @@ _TYPES = {
     "tensor(bool)": torch.bool,
 }
 CachePlace: TypeAlias = "tuple[str, str, str]"
-"""Layer, owner (in models of two parts) and kind, keys or values; graphs of different makers name them differently."""
+"""Layer, owner (the text or the encoder's output) and kind, keys or values; makers of graphs name them differently."""
 _CACHE = re.compile(r"past|present")
-_CACHE_PLACE = re.compile(r"(?P<layer>\d+)\D*?(?P<owner>decoder|encoder|cross)?\D*?(?P<kind>key|value)")
+_PREFIX = re.compile(r"past_key_values?|past|present")
+_LAYER, _KIND, _OF_ENCODER = re.compile(r"\d+"), re.compile(r"key|value"), re.compile(r"cross|encoder")
+_SIDE = re.compile(r"^(?:input|output)\.")
+"""What transformers' exporter puts before a name that is both an input and an output."""
+_SEGMENTS = "token_type_ids"
 _QUIET = 3
 """onnxruntime logs errors and nothing less."""
 
@@ -85,8 +88,8 @@ class Session:
         batch = next(iter(inputs.values())).shape[0]
         feeds = {}
         for name, node in self.inputs.items():
-            value = inputs.get(name) if name not in self.cache else (cache or {}).get(name)
-            if value is None and name == "token_type_ids" and "input_ids" in inputs:
+            value = inputs.get(plain(name)) if name not in self.cache else (cache or {}).get(name)
+            if value is None and name == _SEGMENTS and "input_ids" in inputs:
                 value = torch.zeros_like(inputs["input_ids"])  # one segment
             if value is None and name in self.cache:
                 shape = _empty_shape(node.shape, batch, head_size(self.path.parent))
@@ -108,10 +111,31 @@ class Session:
             raise EvidenceError(f"{self.path}: onnxruntime does not run it: {error}") from error
         return found
 
-    def next_cache(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take from one step's outputs what the next one continues: of this graph, or of the one that read the text."""
-        found = {_place(name): value for name, value in outputs.items() if _CACHE.search(name)}
+    def next_cache(self, *outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take from earlier steps' outputs what the next one continues: of this graph, or of the one that read a text.
+
+        Later ones win; what they do not give again (keys and values of an encoder's output) is kept.
+        """
+        found = {_place(name): value for step in outputs for name, value in step.items() if _CACHE.search(name)}
         return {name: found[place] for name, place in self.cache.items() if place in found}
+
+    def misfit(self, inputs: Mapping[str, Tensor], supplied: Iterable[str] = ()) -> str:
+        """Say which input is missing, or of another size than the graph was made for; empty where all fit.
+
+        ``supplied`` are inputs that come from elsewhere.
+        """
+        for name, node in self.inputs.items():
+            value = inputs.get(plain(name))
+            if name in self.cache or plain(name) in supplied:
+                continue
+            if value is None and not (name == _SEGMENTS and "input_ids" in inputs):
+                return f"{self.path.name} wants an input {plain(name)}"
+            if value is None:
+                continue
+            sizes = zip(node.shape, value.shape, strict=False)
+            if len(node.shape) != value.ndim or any(isinstance(size, int) and size != found for size, found in sizes):
+                return f"{plain(name)}: found {list(value.shape)}, {self.path.name} takes {node.shape}"
+        return ""
 
     def is_cache(self, name: str) -> bool:
         """Whether an input or output is part of the cache."""
@@ -164,16 +188,9 @@ def open_session(path: Path, *, provider: str = "cpu", n_threads: int = 1) -> Se
     )
 
 
-def open_folder(folder: GraphFolder, *, provider: str = "cpu", n_threads: int = 1) -> tuple[Session, Session]:
-    """Load a folder's graphs: the one that reads a text, and the one that continues it (often the same).
-
-    Raises:
-        EvidenceError, InconclusiveError, RecipeError: As ``open_session``.
-    """
-    prefill = open_session(folder.prefill, provider=provider, n_threads=n_threads)
-    if folder.decode == folder.prefill:
-        return prefill, prefill
-    return prefill, open_session(folder.decode, provider=provider, n_threads=n_threads)
+def plain(name: str) -> str:
+    """Name an input or output as the model does."""
+    return _SIDE.sub("", name)
 
 
 def _options(onnxruntime: Any, n_threads: int) -> Any:  # noqa: ANN401 - a package without types
@@ -191,8 +208,10 @@ def _with_settings(provider: str) -> list[Any]:
 
 
 def _place(name: str) -> CachePlace | None:
-    found = _CACHE_PLACE.search(name)
-    return (found["layer"], found["owner"] or "", found["kind"]) if found else None
+    rest = _PREFIX.sub("", plain(name))
+    layer, kind = _LAYER.search(rest), _KIND.search(rest)
+    owner = "encoder" if _OF_ENCODER.search(rest) else ""
+    return (layer[0], owner, kind[0]) if layer and kind else None
 
 
 def _empty_shape(shape: list[Any], batch: int, width: int) -> list[int]:

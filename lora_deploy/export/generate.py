@@ -1,4 +1,4 @@
-"""Let an exported decoder answer: greedy decoding over its cache, token by token, so that a person can talk to it.
+"""Let an exported model answer: greedy decoding over its cache, token by token, so that a person can talk to it.
 
 Promise: what is heard is what the exported graphs say; the cache stays where onnxruntime put it and is never copied.
 This is for trying a model, not for serving one.
@@ -7,7 +7,7 @@ This is for trying a model, not for serving one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError
-from lora_deploy.export.extras import require_genai, require_onnxruntime, require_transformers_exporters
+from lora_deploy.export.extras import require_genai, require_transformers_exporters
 from lora_deploy.export.record import ExportRecord, read_record
 from lora_deploy.export.runtime import open_session
 
@@ -42,52 +42,90 @@ class Answer:
 
 
 class Decoder:
-    """The prefill and decode graphs of an export, and a cache between them."""
+    """The prefill and decode graphs of an export, and a cache between them; an encoder before them where there is one."""
 
     def __init__(self, folder: Path, record: ExportRecord, n_threads: int | None = None) -> None:
-        """Open both graphs.
+        """Open the graphs.
 
         Raises:
-            ExportError: The export is no decoder with a cache, or a graph cannot be opened.
+            ExportError: The export is no decoder with a cache, reads no text, or a graph cannot be opened.
         """
-        if not {"prefill", "decode"} <= set(record.graphs) or "encoder" in record.graphs:
+        if not {"prefill", "decode"} <= set(record.graphs):
             raise ExportError(f"{folder}: has the graphs {', '.join(record.graphs)}, expected those of a decoder")
+        _require_text(folder, record)
         provider = record.options["provider"]
         self._device = "cpu" if provider == "cpu" else "cuda"
-        self._runtime = require_onnxruntime()
-        self._sessions = {
-            name: open_session(folder / record.graphs[name].file, provider, n_threads) for name in ("prefill", "decode")
-        }
+        self._start = _start_token(folder) if "encoder" in record.graphs else None
+        """Token that an encoder-decoder's answer begins with; None where the answer continues the prompt."""
+        names = [name for name in ("encoder", "prefill", "decode") if name in record.graphs]
+        self._sessions = {name: open_session(folder / record.graphs[name].file, provider, n_threads) for name in names}
 
     def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
         """Give the most likely next token, again and again; never stops by itself."""
-        length = len(prompt)
-        ids, positions = np.array([prompt], np.int64), np.arange(length, dtype=np.int64)[None]
-        token, cache = self._run("prefill", ids, positions, {})
+        context, beginning = self._encoded(prompt)
+        length = len(beginning)
+        outputs = self._run("prefill", context | self._step(beginning, 0))
+        cache: dict[str, Any] = {}
         while True:
+            token = int(outputs.pop("logits").numpy()[0, -1].argmax())
             yield token
-            ids, positions = np.array([[token]], np.int64), np.array([[length]], np.int64)
+            cache |= outputs
+            outputs = self._run("decode", context | cache | self._step([token], length))
             length += 1
-            token, cache = self._run("decode", ids, positions, cache)
 
-    def _run(self, stage: str, ids: Any, positions: Any, cache: dict[str, Any]) -> tuple[int, dict[str, Any]]:  # noqa: ANN401
+    def _encoded(self, prompt: Sequence[int]) -> tuple[dict[str, Any], Sequence[int]]:
+        """Run the encoder, where there is one: what every step reads besides its token, and the first tokens."""
+        if self._start is None:
+            return {}, prompt
+        mask = np.ones((1, len(prompt)), np.int64)
+        encoded = self._run("encoder", {"input_ids": np.array([prompt], np.int64), "attention_mask": mask})
+        return {f"encoder_outputs.{name}": value for name, value in encoded.items()} | {"attention_mask": mask}, [
+            self._start
+        ]
+
+    def _step(self, tokens: Sequence[int], n_before: int) -> dict[str, Any]:
+        ids, length = np.array([tokens], np.int64), n_before + len(tokens)
+        if self._start is not None:
+            return {"decoder_input_ids": ids}
+        places, mask = np.arange(n_before, length, dtype=np.int64)[None], np.ones((1, length), np.int64)
+        return {"input_ids": ids, "position_ids": places, "attention_mask": mask}
+
+    def _run(self, stage: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one graph; what it gives stays where it is, but for logits."""
         session = self._sessions[stage]
-        n_read = int(positions[0, -1]) + 1
-        given = {"input_ids": ids, "position_ids": positions, "attention_mask": np.ones((1, n_read), np.int64)}
         binding = session.io_binding()
         for port in session.get_inputs():
-            name = port.name.removeprefix("input.")
-            if name in cache:
-                binding.bind_ortvalue_input(port.name, cache[name])
-            else:
-                binding.bind_cpu_input(port.name, given[name])
+            value = given[_plain(port.name)]
+            bind = binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input
+            bind(port.name, value)
         names = [port.name for port in session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device if name != "logits" else "cpu")
         session.run_with_iobinding(binding)
-        outputs = dict(zip((name.removeprefix("output.") for name in names), binding.get_outputs(), strict=True))
-        logits = outputs.pop("logits").numpy()
-        return int(logits[0, -1].argmax()), outputs
+        return dict(zip(map(_plain, names), binding.get_outputs(), strict=True))
+
+
+def _require_text(folder: Path, record: ExportRecord) -> None:
+    first = record.graphs.get("encoder") or record.graphs.get("prefill")
+    wanted = [] if first is None else [_plain(port.name) for port in first.inputs]
+    if first is not None and "input_ids" not in wanted:
+        raise ExportError(
+            f"{folder}: {first.file} reads {', '.join(wanted)}, not text: it takes no prompt",
+            hint="verify --probes compares it on images and sounds of yours",
+        )
+
+
+def _plain(name: str) -> str:
+    """Name an input or output as the model does."""
+    return name.removeprefix("input.").removeprefix("output.")
+
+
+def _start_token(folder: Path) -> int:
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("decoder_start_token_id") if (folder / name).is_file() else None
+        if isinstance(found, int):
+            return found
+    raise ExportError(f"{folder}: config.json names no decoder_start_token_id, which answers begin with")
 
 
 def answer(
@@ -102,9 +140,10 @@ def answer(
 
     Raises:
         InputError: The folder is no export.
-        ExportError: It is no decoder, or has no tokenizer.
+        ExportError: It is no decoder, reads no text, or has no tokenizer.
     """
     record = read_record(folder)
+    _require_text(folder, record)
     tokenizer = _tokenizer(folder)
     ids = _prompt_ids(tokenizer, prompt, is_raw=is_raw)
     tokens = greedy_tokens(folder, record, ids, len(ids) + max_tokens)

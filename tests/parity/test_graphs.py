@@ -21,9 +21,7 @@ from lora_deploy.evidence.graph_parity import Graphs
 from lora_deploy.evidence.graphs import find_graphs
 from lora_deploy.evidence.latency import LatencyOptions
 from lora_deploy.evidence.load_cost import load_cost
-from lora_deploy.evidence.onnx_subject import decode_start, decoded_rows
 from lora_deploy.evidence.parity_report import ParityReport
-from lora_deploy.evidence.probe import Probe
 from lora_deploy.evidence.session import open_session
 from lora_deploy.evidence.verdict import Verdict
 from tests.parity.conftest import Exported, folder_of
@@ -171,14 +169,6 @@ def test_graphs_are_found_below_onnx_or_in_the_folder_with_its_record(tmp_path: 
     below = find_graphs(tmp_path)
     assert below is not None
     assert [path.name for path in below.files] == ["decoder_model.onnx", "decoder_with_past_model.onnx"]
-
-
-def test_decoded_rows_are_the_last_real_positions_of_each_row() -> None:
-    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
-    probe = Probe(name="p", inputs={"input_ids": mask, "attention_mask": mask})
-    assert decode_start(probe) == 2
-    rows = torch.arange(7).reshape(7, 1)  # 2 of the first row, 5 of the second
-    assert decoded_rows(probe, rows).flatten().tolist() == [0, 1, 4, 5, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------- bench

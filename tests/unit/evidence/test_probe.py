@@ -11,9 +11,12 @@ import torch
 
 from lora_deploy.errors import InputError
 from lora_deploy.evidence.architecture import Architecture
-from lora_deploy.evidence.probe import make_probes, positions, read_probes
+from lora_deploy.evidence.conventions import Conventions
+from lora_deploy.evidence.probe import make_probes, positions
+from lora_deploy.evidence.user_probe import read_probes
 
 CONFIG = {"vocab_size": 1000, "pad_token_id": 3, "max_position_embeddings": 2048}
+KNOWN = Conventions(config=CONFIG)
 
 
 def architecture(main_input: str = "input_ids", **fields: Any) -> Architecture:
@@ -66,9 +69,9 @@ def test_tokens_are_of_the_vocabulary(n_tokens: int) -> None:
 
 @pytest.mark.parametrize("size", [8, [8, 6], {"height": 8, "width": 6}])
 def test_images_have_the_configured_size(size: Any) -> None:
-    one, four = make_probes({"image_size": size, "num_channels": 1}, architecture("pixel_values", is_decoder=False))
+    probes = make_probes({"image_size": size, "num_channels": 1}, architecture("pixel_values", is_decoder=False))
     width = 8 if size == 8 else 6
-    assert (one.inputs["pixel_values"].shape, four.inputs["pixel_values"].shape) == ((1, 1, 8, width), (4, 1, 8, width))
+    assert [tuple(probe.inputs["pixel_values"].shape) for probe in probes] == [(n, 1, 8, width) for n in (1, 2, 4)]
 
 
 def test_a_configuration_without_sizes_is_an_error_that_names_the_key() -> None:
@@ -89,7 +92,7 @@ def written(folder: Path, *lines: Any) -> Path:
 
 def test_token_ids_are_read_and_empty_lines_are_not_counted_as_probes(tmp_path: Path) -> None:
     path = written(tmp_path, {"input_ids": [1, 2, 3]}, "", {"input_ids": [4]})
-    first, second = read_probes(path, tmp_path, CONFIG, architecture())
+    first, second = read_probes(path, tmp_path, KNOWN, architecture())
     assert first.inputs["input_ids"].tolist() == [[1, 2, 3]]
     assert (first.name, second.name) == ("probes.jsonl:1", "probes.jsonl:3")
     assert first.n_new_tokens
@@ -113,13 +116,13 @@ def test_token_ids_are_read_and_empty_lines_are_not_counted_as_probes(tmp_path: 
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: Any, complaint: str) -> None:
     path = written(tmp_path, {"input_ids": [1]}, "", line)
     with pytest.raises(InputError, match=f"probes.jsonl:3: .*{complaint}"):
-        read_probes(path, tmp_path, CONFIG, architecture())
+        read_probes(path, tmp_path, KNOWN, architecture())
 
 
 def test_a_file_that_is_not_there_or_empty_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        read_probes(tmp_path / "none", tmp_path, CONFIG, architecture())
+        read_probes(tmp_path / "none", tmp_path, KNOWN, architecture())
     with pytest.raises(InputError, match="holds no probe"):
-        read_probes(written(tmp_path, ""), tmp_path, CONFIG, architecture())
+        read_probes(written(tmp_path, ""), tmp_path, KNOWN, architecture())
     with pytest.raises(InputError, match="takes pixel_values, not texts"):
-        read_probes(written(tmp_path, {"input_ids": [1]}), tmp_path, CONFIG, architecture("pixel_values"))
+        read_probes(written(tmp_path, {"input_ids": [1]}), tmp_path, KNOWN, architecture("pixel_values"))

@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from lora_deploy.evidence.graphs import GraphFolder
-from lora_deploy.evidence.probe import Probe
 
 SESSION, SUBJECT = (importlib.import_module(f"lora_deploy.evidence.{name}") for name in ("session", "onnx_subject"))
 
@@ -46,12 +44,8 @@ def test_the_width_of_a_key_comes_from_the_configurations_beside_the_graph(
     assert SESSION.head_size(tmp_path) == expected
 
 
-def test_the_layout_of_genai_takes_no_padding_on_the_left(tmp_path: Path) -> None:
+def test_rows_of_genais_graphs_have_lengths_of_their_own(tmp_path: Path) -> None:
     folder = GraphFolder(root=tmp_path, prefill=tmp_path / "model.onnx", decode=tmp_path / "model.onnx")
-    ids = torch.ones(1, 3, dtype=torch.int64)
-    plain = Probe(name="plain", inputs={"input_ids": ids, "attention_mask": ids})
-    padded = Probe(name="padded", inputs={"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1]])})
-    assert all(SUBJECT._takes(folder, probe) for probe in (plain, padded))
+    assert not SUBJECT.has_lengths_by_row(folder)
     (tmp_path / "genai_config.json").write_text("{}")
-    assert SUBJECT._takes(folder, plain)
-    assert not SUBJECT._takes(folder, padded)
+    assert SUBJECT.has_lengths_by_row(folder)
