@@ -236,7 +236,13 @@ IMAGES_AND_SOUND = (
     _encoder("clip", "CLIPModel", **_TWO_TOWERS),
     _encoder("clip_text_model", "CLIPTextModelWithProjection", name="clip, text tower", projection_dim=16),
     _encoder("clip_vision_model", "CLIPVisionModelWithProjection", name="clip, image tower", projection_dim=16),
-    _encoder("siglip", "SiglipModel", text_config={**_TEXT, "projection_size": 32}, vision_config=_VISION),
+    Architecture(
+        name="siglip",
+        cls="SiglipModel",
+        kind="siglip",
+        options={"text_config": {**_TEXT, "projection_size": 32}, "vision_config": _VISION},
+        targets=("q_proj", "v_proj", "fc1"),  # PEFT's adapter beside the pooling head's out_proj is never run
+    ),
     _encoder("wav2vec2", "Wav2Vec2ForCTC", **_AUDIO),
     _encoder("wav2vec2", "Wav2Vec2ForSequenceClassification", "classifier", name="wav2vec2, classifier", **_AUDIO),
     _encoder("hubert", "HubertForCTC", **_AUDIO),
@@ -249,7 +255,13 @@ IMAGES_AND_SOUND = (
         targets=("query", "value", "qkv", "fc1"),
     ),
     _encoder("llava", "LlavaForConditionalGeneration", **_LLAVA),
-    _encoder("paligemma", "PaliGemmaForConditionalGeneration", **_PALIGEMMA),
+    Architecture(
+        name="paligemma",
+        cls="PaliGemmaForConditionalGeneration",
+        kind="paligemma",
+        options=_PALIGEMMA,
+        fault="the graph is not the model",
+    ),
     Architecture(
         name="qwen2_vl",
         cls="Qwen2VLForConditionalGeneration",

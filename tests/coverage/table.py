@@ -76,7 +76,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
             row.parity or "not measured",
             f"{row.divergence:.1e}" if is_measured else "",
             f"{row.effect:.1e}" if is_measured else "",
-            f"{row.seconds:.0f}",
+            f"{row.seconds:.0f}" if row.seconds else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
