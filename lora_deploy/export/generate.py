@@ -42,7 +42,7 @@ class Answer:
 
 
 class Decoder:
-    """The prefill and decode graphs of an export, and a cache between them; an encoder before them where there is one."""
+    """The prefill and decode graphs of an export, and a cache between them; an encoder before them, if there is one."""
 
     def __init__(self, folder: Path, record: ExportRecord, n_threads: int | None = None) -> None:
         """Open the graphs.
