@@ -138,3 +138,18 @@ def test_the_encoder_is_part_of_what_is_timed_and_of_what_is_proven(translator: 
     assert isinstance(changed, Proof)
     assert changed.is_equal is False
     assert find_graphs(other) is not None
+
+
+def test_keys_of_another_layer_in_the_decoders_cache_show_in_decoding_alone(translator: Case, tmp_path: Path) -> None:
+    other = shutil.copytree(translator.exported.root, tmp_path / "onnx")
+    decode = onnx.load(other / "decode.onnx", load_external_data=False)
+    one, two = (f"input.past_key_values.cross_attention_cache.layers.{k}.keys" for k in (0, 1))
+    for node in decode.graph.node:
+        node.input[:] = [{one: two, two: one}.get(name, name) for name in node.input]
+    (other / "decode.onnx").write_bytes(decode.SerializeToString())
+    merged = shutil.copytree(translator.merged, tmp_path / "merged", ignore=shutil.ignore_patterns("onnx"))
+    other.rename(merged / "onnx")
+    report = Verified(case=translator, faulty=merged).report(merged)
+    found = {subject.name: subject.verdict for subject in report.subjects}
+    assert {name for name, verdict in found.items() if verdict is Verdict.FAIL} - {GREEDY} == {ONE, FOUR}
+    assert found[PREFILL] is Verdict.PASS
