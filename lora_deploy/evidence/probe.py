@@ -139,7 +139,7 @@ class _Drawing:
         self._image_text: tuple[int, ...] = ()
         if self._sees and architecture.is_decoder:
             self._image_text = image_tokens(conventions, architecture)
-            self._sees = bool(self._image_text)
+            self._sees = bool(self._image_text) or architecture.main_input == "pixel_values"
 
     @property
     def room(self) -> int:

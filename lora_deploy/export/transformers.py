@@ -70,7 +70,8 @@ class TransformersMaker:
         fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
         if fault:
             raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
-        drawn, is_fused, findings = _fused(task, stage, drawn, expected, rules[0])
+        with folding_by(rules[0]):
+            drawn, is_fused, findings = _fused(task, stage, drawn, expected)
         metadata.export_config["ort_fusions"] = task.provider if is_fused else None
         about = json.loads(json.dumps(dataclasses.asdict(metadata)))
         names = [value.name for value in drawn.graph.inputs], [value.name for value in drawn.graph.outputs]
@@ -80,7 +81,8 @@ class TransformersMaker:
         again = trace.optimised(*names, rules[1])
         if is_fused:
             again = again.clone()  # as the first was, since new names are counted from the copy on
-            _fuse(again, task.provider, rules[1])
+            with folding_by(rules[1]):
+                _fuse(again, task.provider)
         yield Drawing(component=stage.component, seed=1, model=again, metadata=about)
 
 
@@ -139,14 +141,13 @@ def _fused(
     stage: Stage,
     drawn: Any,  # noqa: ANN401
     expected: Mapping[str, torch.Tensor],
-    rule: Rule,
 ) -> tuple[Any, bool, tuple[Finding, ...]]:
     """Fuse a graph for its provider, and keep the unfused one where that fails."""
     if task.is_stored:
         return drawn, False, ()
     fused = drawn.clone()
     try:
-        _fuse(fused, task.provider, rule)
+        _fuse(fused, task.provider)
         fault = fault_of(fused, stage.others, expected, task.dtype) if task.provider == "cpu" else None
     except Exception as error:  # noqa: BLE001 - a fusion that fails is the reason to go without
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -159,11 +160,10 @@ def _fused(
     return fused, True, ()
 
 
-def _fuse(model: Any, provider: str, rule: Rule) -> None:  # noqa: ANN401
+def _fuse(model: Any, provider: str) -> None:  # noqa: ANN401
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    with folding_by(rule):
-        fuse_for_onnxruntime(model, provider)
+    fuse_for_onnxruntime(model, provider)
 
 
 def _refill(model: Any, task: GraphTask, seed: int) -> None:  # noqa: ANN401

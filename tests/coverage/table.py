@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.coverage.architectures import DECODERS, ENCODER_DECODERS, ENCODERS, IMAGES_AND_SOUND
+from tests.coverage.architectures import (
+    ARCHITECTURES,
+    DECODERS,
+    ENCODER_DECODERS,
+    ENCODERS,
+    IMAGES_AND_SOUND,
+)
 from tests.coverage.cover import Row
 
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime")
@@ -27,7 +33,8 @@ and verified by the commands' own code. *Parity* is the verdict of `verify`: the
 onnxruntime on the CPU in float32, beside PEFT's unmerged model, over texts of several lengths, alone and padded in a
 batch, and over a cache where there is one. *Divergence* is the largest mean of any graph, *effect* the adapter's own,
 in the same measure: KL divergence in nats where there are logits, else the squared distance relative to the output's
-size. *Seconds* are those of one processor for the first export of a base.
+size. *Fused* says whether onnxruntime's own kernels are used, or the plain graph because they failed. *Seconds* are
+those of one processor for the first export of a base.
 """
 
 
@@ -50,6 +57,9 @@ def compose(rows: dict[str, Row], about: Sequence[str]) -> str:
         text += ["## What does not work, in the words of the error", ""]
         text += [f"- **{row.name}** (`{row.cls}`): `{row.error}`" for row in failed]
         text.append("")
+    missing = [name for name in ARCHITECTURES if name not in rows]
+    if missing:
+        text += [f"Not run: {'; '.join(missing)}.", ""]
     return "\n".join(text)
 
 
