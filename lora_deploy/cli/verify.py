@@ -44,7 +44,8 @@ _CHECKS = click.Choice([check.value for check in Check])
     "--probes",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='JSON lines to compare outputs on, beside random inputs: {"prompt": "…"} or {"input_ids": […]}.',
+    help='JSON lines to compare outputs on, beside random inputs: {"prompt": "…"}, {"input_ids": […]}, '
+    '{"image": "file"}, {"audio": "file.wav"}; with "answer" for encoder-decoders.',
 )
 @provider_option
 @latency_options

@@ -17,7 +17,7 @@ class VerifyOptions:
     skip: tuple[Check, ...] = ()
     """Checks to leave out."""
     probes: Path | None = None
-    """JSON lines with prompts or token ids, fed beside the random inputs."""
+    """JSON lines with prompts, token ids, images or sounds, fed beside the random inputs."""
     base_graph: Path | None = None
     """Folder with the same export of the base, to compare the merged graphs with."""
     provider: str = "cpu"

@@ -39,7 +39,7 @@ class ParityOptions:
     """What the user may choose."""
 
     probes: Path | None = None
-    """JSON lines with prompts or token ids, beside the random ones."""
+    """JSON lines with prompts, token ids, images or sounds, beside the random ones."""
 
 
 def check_parity(
@@ -111,7 +111,12 @@ def _measure(
         magnitudes=reference.magnitudes,
         probes={probe.name: probe.description for probe in probes},
         seed=SEED,
-        notes=(*_notes(reference), *_unseen(architecture, plan, probes), *(runs.notes if runs is not None else ())),
+        notes=(
+            *_notes(reference),
+            *_blind(power),
+            *_unseen(architecture, plan, probes),
+            *(runs.notes if runs is not None else ()),
+        ),
         versions=versions(),
     )
     return judged(report)
@@ -185,6 +190,15 @@ def _notes(reference: ReferenceRun) -> tuple[str, ...]:
     if reference.magnitudes.warning and reference.magnitudes.verdict is Verdict.PASS:
         notes.append(reference.magnitudes.warning)
     return tuple(notes)
+
+
+def _blind(power: Sequence[Power]) -> tuple[str, ...]:
+    """Name the outputs in which a fault might not show, where another one decides."""
+    return tuple(
+        f"{entry.output}: the adapter's effect is {entry.ratio:.2g} times the tolerance: a fault there might not show"
+        for entry in power
+        if entry.effect and not entry.is_enough
+    )
 
 
 def _unseen(architecture: Architecture, plan: MergePlan, probes: Sequence[Probe]) -> tuple[str, ...]:

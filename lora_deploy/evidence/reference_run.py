@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_deploy.evidence.architecture import Absence, Architecture
 from lora_deploy.evidence.chanced import DTypes
+from lora_deploy.evidence.conventions import Conventions
 from lora_deploy.evidence.divergence import Divergence, compare_outputs, join
 from lora_deploy.evidence.forward import run_probes
 from lora_deploy.evidence.loading import as_folder, load_model
@@ -153,7 +154,7 @@ def needed_bytes(plan: MergePlan, probes: Sequence[Probe]) -> int:
     n_positions = sum(
         max((t.shape[0] * t.shape[-1] for t in probe.inputs.values() if t.ndim == 2), default=1) for probe in probes
     )
-    n_tokens = plan.config.get("vocab_size", 1)
+    n_tokens = Conventions(config=plan.config).text.get("vocab_size", 1)
     width = n_tokens if isinstance(n_tokens, int) else 1
     weights = _FLOAT32_BYTES * (sum(elements) + sum(rounded)) + 3 * 8 * max(elements, default=0)
     return weights + 4 * _FLOAT32_BYTES * n_positions * width

@@ -61,9 +61,10 @@ def _textured(n: int, channels: int, height: int, width: int, generator: torch.G
 
 
 def _waves(n: int, generator: torch.Generator) -> Tensor:
-    """Draw half a second of a few tones and noise, each with mean 0 and deviation 1."""
-    seconds = torch.arange(_N_SAMPLES) / SAMPLING_RATE
+    """Draw a few tones and noise, each with mean 0 and deviation 1: half a second, less the more there are."""
+    n_samples = _N_SAMPLES // n
+    seconds = torch.arange(n_samples) / SAMPLING_RATE
     pitches = 80 + 3000 * torch.rand(n, _N_TONES, 1, generator=generator)
     tones = torch.sin(2 * torch.pi * pitches * seconds + 6 * torch.rand(n, _N_TONES, 1, generator=generator)).sum(dim=1)
-    wave = tones + torch.randn(n, _N_SAMPLES, generator=generator)
+    wave = tones + torch.randn(n, n_samples, generator=generator)
     return (wave - wave.mean(dim=1, keepdim=True)) / wave.std(dim=1, keepdim=True)

@@ -42,7 +42,7 @@ class Answer:
 
 
 class Decoder:
-    """The prefill and decode graphs of an export, and a cache between them; an encoder before them where there is one."""
+    """The prefill and decode graphs of an export, and a cache between them; an encoder before them, if there is one."""
 
     def __init__(self, folder: Path, record: ExportRecord, n_threads: int | None = None) -> None:
         """Open the graphs.
@@ -57,7 +57,7 @@ class Decoder:
         self._device = "cpu" if provider == "cpu" else "cuda"
         self._start = _start_token(folder) if "encoder" in record.graphs else None
         """Token that an encoder-decoder's answer begins with; None where the answer continues the prompt."""
-        names = [name for name in ("encoder", "prefill", "decode") if name in record.graphs]
+        names: list[str] = [name for name in ("encoder", "prefill", "decode") if name in record.graphs]
         self._sessions = {name: open_session(folder / record.graphs[name].file, provider, n_threads) for name in names}
 
     def tokens(self, prompt: Sequence[int]) -> Iterator[int]:

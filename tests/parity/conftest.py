@@ -18,8 +18,10 @@ from lora_deploy.evidence.loading import load_model
 from lora_deploy.evidence.probe import Probe
 from lora_deploy.evidence.reload import Reloaded
 from tests.parity.exported import export_decoder, with_weights
+from tests.parity.exports import Case as ExportCase
+from tests.parity.exports import prepare
 from tests.parity.plans import Case, merged_case
-from tests.peer.models import VOCABULARY, llama
+from tests.peer.models import VOCABULARY, llama, t5, vit
 
 
 def run_here(folder: Path, architecture: str, probes: Sequence[Probe]) -> Reloaded:
@@ -64,3 +66,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     merged = load_file(case.merged.root / "model.safetensors")
     with_weights(base / "model.onnx", weights, merged, folder / "merged-onnx")
     return Exported(case=case, base=folder_of(base), merged=folder_of(folder / "merged-onnx"))
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> ExportCase:
+    """An image classifier with a head of its own."""
+    folder = tmp_path_factory.mktemp("vit")
+    return prepare(vit(), ["q_proj", "v_proj"], folder, modules_to_save=["classifier"], init_lora_weights=False)
+
+
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> ExportCase:
+    """An encoder-decoder, in three graphs."""
+    return prepare(t5(), ["q", "v", "wi"], tmp_path_factory.mktemp("t5"), init_lora_weights=False)

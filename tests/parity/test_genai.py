@@ -12,11 +12,14 @@ import torch
 from peft import LoraConfig
 
 from lora_deploy.errors import ExportError
+from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.parity_report import ParityReport
+from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.execute import Exported
 from lora_deploy.export.generate import greedy_tokens
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.merge.options import MergeOptions
-from lora_deploy.pipeline import export, merge
+from lora_deploy.pipeline import export, merge, verify
 from tests.parity.exports import contents, export_with, reloaded
 from tests.peer.models import llama
 from tests.peer.trained import MEMORY_BYTES, Trained, train
@@ -101,3 +104,14 @@ def test_float16_on_the_cpu_is_refused(trained: Trained, tmp_path: Path) -> None
 
 def exported_options(**options: Any) -> ExportOptions:
     return ExportOptions(layout="genai", **options)
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_batches_are_padded_where_the_layout_takes_it(exported: Exported, base: Exported, merged: Path) -> None:
+    assert exported.root.parent == merged
+    found = verify(merged, options=VerifyOptions(only=(Check.PARITY,), base_graph=base.root)).parity
+    assert isinstance(found, ParityReport)
+    assert found.verdict is Verdict.PASS, found.reason
+    names = [subject.name for subject in found.subjects]
+    assert "onnx decode over a cache, batch 4, right-padded" in names
+    assert not found.notes, "no probe was left out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from lora_deploy.export.binding_table import BindingTable
 from lora_deploy.export.canonical import first_difference
 from lora_deploy.export.drawn import external, initializers, values_of, without_metadata
+from lora_deploy.export.generate import Decoder
 from lora_deploy.export.loading import quiet
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.stages import stages_of, varying
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import export
 from tests.parity.exports import Case, assert_close, contents, export_with, prepare, run, tokens
-from tests.peer.models import bert, t5, vit
+from tests.peer.models import bert
 from tests.peer.trained import MEMORY_BYTES
 
 pytestmark = [pytest.mark.slow]
@@ -44,17 +46,6 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Case:
         export_options=ExportOptions(dtype="float16"),
     )
     return case
-
-
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("vit")
-    return prepare(vit(), ["q_proj", "v_proj"], folder, modules_to_save=["classifier"], init_lora_weights=False)
-
-
-@pytest.fixture(scope="module")
-def translator(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return prepare(t5(), ["q", "v", "wi"], tmp_path_factory.mktemp("t5"), init_lora_weights=False)
 
 
 @torch.no_grad()
@@ -162,3 +153,16 @@ def test_an_encoder_decoder_answers_token_by_token_as_the_merged_model_does(
         state = state | run(graphs["decode"], inputs)
         expected = _logits(translator.model, **batch, decoder_input_ids=answer)[:, -1]
         assert_close(state["logits"][:, -1], expected)
+
+
+def test_an_encoder_decoder_answers_prompts_as_the_merged_model_does(translator: Case) -> None:
+    decoder = Decoder(translator.exported.root, translator.exported.record, n_threads=1)
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "num_beams": 1}
+    said = set()
+    for seed in range(8):
+        prompt = torch.randint(4, 36, (1, 12), generator=torch.Generator().manual_seed(seed))
+        found = list(itertools.islice(decoder.tokens(prompt[0].tolist()), 9))
+        mask = torch.ones_like(prompt)
+        assert found == translator.model.generate(prompt, attention_mask=mask, **options)[0, 1:].tolist()
+        said |= set(found)
+    assert len(said) > 2

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     DistilBertConfig,
     DistilBertForMaskedLM,
@@ -36,6 +38,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -159,6 +163,22 @@ def llava() -> LlavaForConditionalGeneration:
     return randomize(
         LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=3))
     )
+
+
+def clip(**options: Any) -> CLIPModel:
+    """Two towers that meet in their last projections."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 5, **sizes}
+    vision = {"image_size": 8, "patch_size": 4, **sizes}
+    return randomize(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12, **options)))
+
+
+def wav2vec2(**options: Any) -> Wav2Vec2ForCTC:
+    """Waves, cut by convolutions; a weight norm inside."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    cut = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+    places = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    return randomize(Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=VOCABULARY, **sizes, **cut, **places, **options)))
 
 
 def images() -> Inputs:

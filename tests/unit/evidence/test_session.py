@@ -49,3 +49,20 @@ def test_rows_of_genais_graphs_have_lengths_of_their_own(tmp_path: Path) -> None
     assert not SUBJECT.has_lengths_by_row(folder)
     (tmp_path / "genai_config.json").write_text("{}")
     assert SUBJECT.has_lengths_by_row(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("past_key_values.3.value", ("3", "", "value")),
+        ("present.0.encoder.key", ("0", "encoder", "key")),
+        ("past_key_values.0.decoder.key", ("0", "", "key")),
+        ("input.past_key_values.layers.1.keys", ("1", "", "key")),
+        ("output.past_key_values.self_attention_cache.layers.2.values", ("2", "", "value")),
+        ("past_key_values.cross_attention_cache.layers.2.keys", ("2", "encoder", "key")),
+        ("past_key_cross_4", ("4", "encoder", "key")),
+        ("past_key_values", None),
+    ],
+)
+def test_a_caches_place_is_read_from_every_makers_names(name: str, place: tuple[str, str, str] | None) -> None:
+    assert SESSION._place(name) == place
