@@ -78,10 +78,6 @@ def _decoder(kind: str, cls: str, name: str = "", n_layers: int = 1, **options: 
     return Architecture(name=name or kind, cls=cls, kind=kind, n_layers=n_layers, options=options)
 
 
-def _state_space(kind: str, cls: str, **options: Any) -> Architecture:
-    return Architecture(name=kind, cls=cls, kind=kind, options=options, targets=("in_proj",))
-
-
 def _encoder(kind: str, cls: str, *saved: str, name: str = "", n_layers: int = 2, **options: Any) -> Architecture:
     return Architecture(name=name or kind, cls=cls, kind=kind, n_layers=n_layers, options=options, saved=saved)
 
@@ -130,9 +126,28 @@ DECODERS = (
     _decoder("nemotron", "NemotronForCausalLM"),
     _decoder("glm", "GlmForCausalLM"),
     _decoder("glm4", "Glm4ForCausalLM"),
-    _decoder("llama4_text", "Llama4ForCausalLM", intermediate_size_mlp=40, n_layers=2),
-    _state_space("mamba", "MambaForCausalLM", state_size=4, time_step_rank=2),
-    _state_space("mamba2", "Mamba2ForCausalLM", state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    Architecture(
+        name="llama4_text",
+        cls="Llama4ForCausalLM",
+        kind="llama4_text",
+        options={"intermediate_size_mlp": 40},
+        fault="prefill: cannot be exported: ConversionError",
+    ),
+    Architecture(
+        name="mamba",
+        cls="MambaForCausalLM",
+        kind="mamba",
+        options={"state_size": 4, "time_step_rank": 2},
+        targets=("in_proj",),
+        fault="Got invalid dimensions for input: attention_mask",
+    ),
+    Architecture(
+        name="mamba2",
+        cls="Mamba2ForCausalLM",
+        kind="mamba2",
+        options={"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        targets=("in_proj",),
+    ),
 )
 
 _HEAD = {"num_labels": 3}
