@@ -46,6 +46,11 @@ _CHECKS = click.Choice([check.value for check in Check])
     metavar="FILE",
     help='JSON lines to compare outputs on, beside random inputs: {"prompt": "…"} or {"input_ids": […]}.',
 )
+@click.option(
+    "--layerwise",
+    is_flag=True,
+    help="Compare outputs layer by layer, with the memory of one; done anyway where the whole model does not fit.",
+)
 @provider_option
 @latency_options
 @bind_options

@@ -75,7 +75,7 @@ def gather(
                 replayed = _with_faults(replayed, graphs)
         if options.includes(Check.PARITY):
             pair = Graphs(merged=graphs.merged, base=graphs.base, provider=options.provider) if graphs else None
-            chosen = ParityOptions(probes=options.probes)
+            chosen = ParityOptions(probes=options.probes, layerwise=options.layerwise)
             parity = check_parity(plan, open_merged(folder), chosen, graphs=pair, progress=progress)
         if options.includes(Check.LATENCY):
             latency = _latency(graphs, plan, options, progress) if graphs else _NO_GRAPHS
