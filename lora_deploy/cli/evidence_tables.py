@@ -108,6 +108,8 @@ def _figures(subject: SubjectReport) -> Iterator[str]:
             f"max {format_number(found.largest)} (allowed {format_number(bound.largest)}){top}, "
             f"largest difference {format_number(found.max_abs)}"
         )
+    if "placement" in subject.facts:
+        yield str(subject.facts["placement"])
     if subject.greedy:
         turned = [entry for entry in subject.greedy if entry.first_difference is not None]
         yield (

@@ -60,6 +60,9 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
         dtype=prefill.float_type,
         facts={
             "provider": prefill.provider,
+            "provider_settings": dict(prefill.settings),
+            "nodes": {session.path.name: session.placement.to_json() for session in dict.fromkeys((prefill, decode))},
+            "placement": prefill.placement.summary,
             "probes_left_out": left_out,
             "graphs": [str(path.relative_to(folder.root)) for path in folder.files],
             "load_seconds": loaded - started,
