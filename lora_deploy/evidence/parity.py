@@ -56,13 +56,13 @@ class ParityOptions:
 
 def check_parity(
     plan: MergePlan,
-    merged: Checkpoint,
+    merged: Checkpoint | None,
     options: ParityOptions | None = None,
     *,
     graphs: Graphs | None = None,
     progress: Progress | None = None,
 ) -> ParityReport | NotApplicable:
-    """Compare a merged checkpoint with the unmerged model.
+    """Compare a merged checkpoint and its graphs with the unmerged model; without a checkpoint, the graphs alone.
 
     Raises:
         InputError: The user's probes cannot be read, or the adapter's file is not the one that was merged.
@@ -75,11 +75,14 @@ def check_parity(
         return _unmeasured(architecture.reason, architecture.hint)
     probes = make_probes(plan.config, architecture)
     if options is not None and options.probes is not None:
-        probes += read_probes(options.probes, merged.root, plan.config, architecture)
+        root = merged.root if merged is not None else graphs.merged.root if graphs is not None else Path()
+        probes += read_probes(options.probes, root, plan.config, architecture)
     needed, available = needed_bytes(plan, probes), available_bytes()
     is_too_large = available is not None and needed > available
     if is_too_large or (options is not None and options.layerwise):
         why = f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {(available or 0) / 1e9:.1f} GB are free"
+        if merged is None:
+            return _unmeasured(f"{why}; layer by layer: {_GRAPHS_LEFT_OUT.reason}", _REPLAY_HINT)
         report = _layer_by_layer(
             plan,
             merged,
@@ -136,14 +139,15 @@ def _layer_by_layer(
 
 def _measure(
     plan: MergePlan,
-    merged: Checkpoint,
+    merged: Checkpoint | None,
     architecture: Architecture,
     probes: Sequence[Probe],
     graphs: Graphs | None,
     advance: Callable[[int], None],
 ) -> ParityReport:
     adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
-    dtypes = DTypes.of(merged.tensors, adapted)
+    stored = merged.tensors if merged is not None else {tensor.spec.name: tensor.spec for tensor in plan.tensors}
+    dtypes = DTypes.of(stored, adapted)
     runs = run_all(graphs, probes) if graphs is not None else None
     graph_dtype = runs.dtype if runs is not None else None
     try:
@@ -153,7 +157,7 @@ def _measure(
     if isinstance(reference, Absence):
         return _unmeasured(reference.reason, reference.hint)
     shares = merge_share(reference.roundings, dtypes.usual.long_name)
-    subjects = [_reloaded(merged, architecture, probes, reference, shares)]
+    subjects = [] if merged is None else [_reloaded(merged, architecture, probes, reference, shares)]
     advance(plan.n_bytes)
     if runs is not None:
         subjects += graph_subjects(runs, probes, reference, shares)
