@@ -69,7 +69,8 @@ def verify(
 ) -> None:
     """Check that the model in DIR is what its base and adapters make, and does what they do.
 
-    DIR defaults to the current folder if it holds a merge.json, which says from what it was made. Three checks:
+    DIR defaults to the current folder if it holds a merge.json, which says from what it was made, or the export.json of
+    an export straight from adapter and base. Three checks:
 
     \b
     replay   every tensor computed again and compared with the stored bytes

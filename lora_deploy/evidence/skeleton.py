@@ -140,9 +140,6 @@ class Skeleton:
         return self._read({name for name in self.model.state_dict() if not name.startswith(owned)})
 
     def _read(self, wanted: set[str]) -> dict[str, Tensor]:
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         stored = set(self._targets.values())
         sources = {name: name if name in stored else self._tied.get(name, name) for name in wanted}
         owners = {name.rpartition(".")[0] for name in sources.values()}
@@ -153,24 +150,33 @@ class Skeleton:
             if target.rpartition(".")[0] in owners and target in before
         }
         try:
-            with quiet_peers(), _no_bars():
-                found, _ = convert_and_load_state_dict_in_model(
-                    self.model,  # type: ignore[arg-type]
-                    state,
-                    LoadStateDictConfig(dtype=torch.float32, weight_mapping=copy.deepcopy(self._mapping)),  # type: ignore[arg-type]
-                )
+            self._load(state)
             loaded = dict(_owned(self.model))
             values = {name: loaded[source].detach() for name, source in sources.items()}
         finally:
             for name, tensor in before.items():
                 _put(self.model, name, tensor)
-        if found.mismatched_keys or found.conversion_errors:
-            problem = [*found.mismatched_keys, *found.conversion_errors][0]
-            raise EvidenceError(f"{self._checkpoint.root}: cannot be loaded: {problem}")
         lost = sorted(name for name, value in values.items() if value.is_meta)
         if lost:
             raise EvidenceError(f"{self._checkpoint.root}: lacks {len(lost)} parameters, first {lost[0]}")
         return values
+
+    def _load(self, state: dict[str, Tensor]) -> None:
+        """Have transformers put stored tensors where they belong."""
+        try:
+            from transformers.core_model_loading import convert_and_load_state_dict_in_model
+            from transformers.modeling_utils import LoadStateDictConfig
+
+            mapping: Any = copy.deepcopy(self._mapping)
+            config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping)
+            with quiet_peers(), _no_bars():
+                found, _ = convert_and_load_state_dict_in_model(self.model, state, config)  # type: ignore[arg-type]
+        except Exception as error:  # what transformers' code raises has no common class
+            problem = f"{type(error).__name__}: {error}"
+            raise EvidenceError(f"{self._checkpoint.root}: cannot be loaded in parts: {problem}") from error
+        if found.mismatched_keys or found.conversion_errors:
+            problem = [*found.mismatched_keys, *found.conversion_errors][0]
+            raise EvidenceError(f"{self._checkpoint.root}: cannot be loaded: {problem}")
 
     def _floats(self, name: str) -> Tensor:
         """A stored tensor in memory of its own: kernels may depend on how a mapped file is aligned."""
