@@ -60,6 +60,7 @@ class _Reference:
 
     outputs: _Rows
     base: _Rows
+    """By the length of ``outputs``."""
     roundings: tuple[tuple[Divergence, ...], ...]
     magnitudes: Mapping[str, float]
 
@@ -83,13 +84,14 @@ def compare_part(sides: Sides, stop: Stop, *, index: int, is_adapted: bool) -> P
     del weights
     module = sides.merged.model.get_submodule(stop.part)
     with placed(module, sides.merged.read(stop.part), lambda inner: f"{stop.part}.{inner}"):
-        found = _run(sides, stop, module)
+        found = _by_length(_run(sides, stop, module), reference.outputs)
     shares = merge_share(reference.roundings, sides.dtypes.usual.long_name)
     tolerances = {output: Tolerance(output=output, shares=(share,)) for output, share in shares.items()}
-    subject = compare_subject(name, found, reference.outputs, tolerances, {"part": stop.part})
+    expected = _by_length(reference.outputs, reference.outputs)
+    subject = compare_subject(name, found, expected, tolerances, {"part": stop.part})
     effect = tuple(
         replace(entry, output=f"{stop.part}: {entry.output}")
-        for entry in join(compare_outputs(reference.outputs, reference.base))
+        for entry in join(compare_outputs(expected, reference.base))
     )
     power = tuple(
         Power(output=entry.output, effect=entry.mean, tolerance=tolerances[entry.output.rpartition(": ")[2]].mean)
@@ -132,13 +134,35 @@ def _run_reference(
     ):
         if isinstance(rounded, Absence):
             raise EvidenceError(f"{stop.part}: {rounded.reason}")
-        base = _run(sides, stop, bare) if is_compared else {}
         with recording(_inside(sides.beside.modules, stop.part)) as magnitudes:
             outputs = _run(sides, stop, module, stop.answer)
+        expected = _by_length(outputs, outputs)
+        base = _by_length(_run(sides, stop, bare), outputs) if is_compared else {}
         for k in range(N_SEEDS if is_compared else 0):
             with rounded(sides.dtypes, torch.Generator().manual_seed(seed + k)):
-                roundings.append(join(compare_outputs(outputs, _run(sides, stop, module))))
+                roundings.append(join(compare_outputs(expected, _by_length(_run(sides, stop, module), outputs))))
     return _Reference(outputs=outputs, base=base, roundings=tuple(roundings), magnitudes=magnitudes)
+
+
+def _by_length(rows: _Rows, reference: _Rows) -> _Rows:
+    """Divide every row of hidden states by the length of the reference's.
+
+    Models keep a few positions, such as the first, a thousand times longer than the others. Undivided, their rounding
+    would be all that is seen. Logits stay: what they mean does not depend on their length.
+    """
+    return {
+        probe: {
+            name: values if name == LOGITS else values / _lengths(reference[probe][name])
+            for name, values in outputs.items()
+        }
+        for probe, outputs in rows.items()
+    }
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Give (n, 1); 1 for rows of zeros."""
+    found = rows.norm(dim=1, keepdim=True)
+    return torch.where(found > 0, found, torch.ones_like(found))
 
 
 def _inside(modules: Mapping[str, nn.Module], part: str) -> dict[str, nn.Module]:
