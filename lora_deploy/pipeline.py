@@ -46,6 +46,7 @@ from lora_deploy.export.generate import Answer, answer
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
+from lora_deploy.export.record import read_record as read_export_record
 from lora_deploy.export.sources import CheckpointSource, PlanSource, WeightSource
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
@@ -55,7 +56,7 @@ from lora_deploy.merge.identity import base_artifacts
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
-from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, read_record
+from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, RecordedOrigin, read_record
 from lora_deploy.references import Reference, References, named_base, read_named, several
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
@@ -281,22 +282,24 @@ def verify(  # noqa: PLR0913 - an option type a stage
     dequantize: bool = False,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Check a merged checkpoint: weights, outputs, latency; without a folder, the current one if it holds our record.
+    """Check a merged checkpoint, or an export straight from adapter and base: weights, outputs, latency.
 
-    Where the folder holds our record, that says what was merged and how, and every byte must match; ``adapters`` and
-    ``base`` then only say where the inputs lie now, and ``evidence.json`` is written beside the record. Any other
-    folder needs ``adapters``. Of ``merge_options`` only memory, device and workers matter.
+    Without a folder it is the current one, if it holds our record. Where a folder holds our record, that says what was
+    merged and how, and every byte must match; ``adapters`` and ``base`` then only say where the inputs lie now, and
+    ``evidence.json`` is written beside the record. Any other folder needs ``adapters``. Of ``merge_options`` only
+    memory, device and workers matter.
 
     Raises:
         RecipeError: Nothing says what was merged, or an option contradicts the record.
         InputError: An input is not the recorded one.
         LoraDeployError: As ``validate``.
     """
-    root = _merged_folder(folder)
-    planned, is_ours = _plan_of_folder(
+    root = _merged_folder(folder, EXPORT_RECORD)
+    planned, is_ours, is_direct = _plan_of_folder(
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
-    found = gather(planned, root, options or VerifyOptions(), is_ours=is_ours, progress=progress)
+    chosen = options or VerifyOptions()
+    found = gather(planned, root, chosen, is_ours=is_ours, is_direct=is_direct, progress=progress)
     found.write(root)
     return found
 
@@ -311,20 +314,23 @@ def _plan_of_folder(
     *,
     dequantize: bool,
     progress: Progress | None,
-) -> tuple[MergePlan, bool]:
-    """Plan again what a folder holds; also whether every byte must match."""
+) -> tuple[MergePlan, bool, bool]:
+    """Plan again what a folder holds; also whether every byte must match, and whether it is a direct export."""
     options = merge_options or MergeOptions()
-    if (root / RECORD_NAME).is_file():
+    found = _origin_of(root)
+    if found is not None:
+        origin, name = found
         if read_options or bind_options:
             raise RecipeError(
-                f"{root}: its {RECORD_NAME} says with which options it was merged",
+                f"{root}: its {name} says with which options it was merged",
                 hint="give none but --adapter and --base, which say where the inputs lie now",
             )
-        record = read_record(root)
-        planned = _recorded_plan(record, several(adapters), base, options, progress)
-        return planned, _promises_bytes(record, planned)
+        planned = _recorded_plan(origin, several(adapters), base, options, progress)
+        return planned, _promises_bytes(origin, planned), name == EXPORT_RECORD
     if not several(adapters):
-        raise RecipeError(f"{root}: has no {RECORD_NAME}, so what was merged is unknown", hint="pass --adapter")
+        is_export = (root / EXPORT_RECORD).is_file()
+        hint = "verify the merged folder, its graphs are checked with it" if is_export else "pass --adapter"
+        raise RecipeError(f"{root}: has no {RECORD_NAME}, so what was merged is unknown", hint=hint)
     planned = plan(
         adapters,
         base=base,
@@ -333,7 +339,18 @@ def _plan_of_folder(
         merge_options=replace(options, dtype="base"),
         dequantize=dequantize,
     )
-    return planned, False
+    return planned, False, False
+
+
+def _origin_of(root: Path) -> tuple[MergeRecord | RecordedOrigin, str] | None:
+    """Read from what a folder was made, and the name of the file that says it; None where nothing of ours does."""
+    if (root / RECORD_NAME).is_file():
+        return read_record(root), RECORD_NAME
+    try:
+        origin = read_export_record(root).origin
+    except InputError:
+        return None  # another exporter's, or none
+    return (origin, EXPORT_RECORD) if origin is not None else None
 
 
 def require_pass(found: Evidence, folder: Reference) -> None:
@@ -372,9 +389,9 @@ def default_output(planned: MergePlan) -> Path:
     return Path("+".join(adapter.name for adapter in planned.binding.adapters) + "-merged")
 
 
-def _merged_folder(folder: Reference | None) -> Path:
+def _merged_folder(folder: Reference | None, *others: str) -> Path:
     root = Path(folder) if folder is not None else Path()
-    if folder is None and not (root / RECORD_NAME).is_file():
+    if folder is None and not any((root / name).is_file() for name in (RECORD_NAME, *others)):
         raise RecipeError(f"the current folder holds no {RECORD_NAME}", hint="name the merged folder")
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
@@ -382,7 +399,7 @@ def _merged_folder(folder: Reference | None) -> Path:
 
 
 def _recorded_plan(
-    record: MergeRecord,
+    record: MergeRecord | RecordedOrigin,
     adapters: Sequence[Reference],
     base: Reference | None,
     options: MergeOptions,
@@ -408,7 +425,7 @@ def _recorded_plan(
     return plan_binding(binding, read_options=read_options, merge_options=replace(options, **record.options["merge"]))
 
 
-def _promises_bytes(record: MergeRecord, planned: MergePlan) -> bool:
+def _promises_bytes(record: MergeRecord | RecordedOrigin, planned: MergePlan) -> bool:
     """Whether every byte must be the same here: kinds defined in float64 promise it per torch build and CPU only."""
     here = versions()
     updates = (entry.update for tensor in planned.tensors for entry in tensor.updates)

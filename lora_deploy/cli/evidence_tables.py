@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from lora_deploy.evidence.dossier import Evidence
     from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
     from lora_deploy.evidence.replay import ReplayReport
+    from lora_deploy.evidence.tolerance import Power
 
 N_SHOWN = 20
+_N_POWERS = 4
 
 
 def show_evidence(screen: Screen, found: Evidence, folder: Path) -> None:
@@ -24,7 +26,8 @@ def show_evidence(screen: Screen, found: Evidence, folder: Path) -> None:
     for check, report in found.checks.items():
         said = report.to_json()
         reason = "" if said["verdict"] == "pass" else str(said.get("reason", ""))
-        rows.append((check.value, f"{said['verdict']}{f': {reason}' if reason else ''}"))
+        way = f", {said['way']}" if said.get("way", "whole model") != "whole model" else ""
+        rows.append((check.value, f"{said['verdict']}{way}{f': {reason}' if reason else ''}"))
     screen.fields(rows)
     from lora_deploy.cli.latency_tables import latency_rows
     from lora_deploy.evidence.latency import LatencyReport
@@ -63,14 +66,34 @@ def _show_parity(screen: Screen, report: ParityReport) -> None:
         [
             ("reference", report.reference),
             ("probes", f"{len(report.probes)}, {n_positions} positions, in {format_seconds(report.seconds)}"),
-            *((f"effect on {power.output}", _power_line(power.effect, power.ratio)) for power in report.power),
+            *(
+                (f"effect on {power.output}", _power_line(power.effect, power.ratio))
+                for power in _weakest(report.power)
+            ),
             *(("note", note) for note in report.notes),
         ]
     )
-    for subject in report.subjects:
+    shown = sorted(report.subjects, key=_tightness, reverse=True)[:N_SHOWN]
+    left_out = len(report.subjects) - len(shown)
+    for subject in report.subjects if not left_out else shown:
         screen.line(f"  {subject.name}: {subject.verdict.value}")
         for line in _figures(subject):
             screen.line(f"    {line}")
+
+    if left_out:
+        screen.line(f"  … and {left_out} more, further within their tolerance (--json lists all)")
+
+
+def _weakest(powers: Sequence[Power]) -> Sequence[Power]:
+    """Of many parts, the one whose adapter shows least."""
+    return powers if len(powers) <= _N_POWERS else sorted(powers, key=lambda power: power.ratio)[:1]
+
+
+def _tightness(subject: SubjectReport) -> tuple[bool, float]:
+    """What does not pass comes first, then what uses most of its tolerance."""
+    pairs = zip(subject.overall, subject.tolerances, strict=True)
+    used = max((found.mean / bound.mean for found, bound in pairs if bound.mean), default=0.0)
+    return subject.verdict.value != "pass", used
 
 
 def _power_line(effect: float, ratio: float) -> str:
@@ -85,6 +108,8 @@ def _figures(subject: SubjectReport) -> Iterator[str]:
             f"max {format_number(found.largest)} (allowed {format_number(bound.largest)}){top}, "
             f"largest difference {format_number(found.max_abs)}"
         )
+    if "placement" in subject.facts:
+        yield str(subject.facts["placement"])
     if subject.greedy:
         turned = [entry for entry in subject.greedy if entry.first_difference is not None]
         yield (

@@ -47,6 +47,11 @@ _CHECKS = click.Choice([check.value for check in Check])
     help='JSON lines to compare outputs on, beside random inputs: {"prompt": "…"}, {"input_ids": […]}, '
     '{"image": "file"}, {"audio": "file.wav"}; with "answer" for encoder-decoders.',
 )
+@click.option(
+    "--layerwise",
+    is_flag=True,
+    help="Compare outputs layer by layer, with the memory of one; done anyway where the whole model does not fit.",
+)
 @provider_option
 @latency_options
 @bind_options
@@ -65,7 +70,8 @@ def verify(
 ) -> None:
     """Check that the model in DIR is what its base and adapters make, and does what they do.
 
-    DIR defaults to the current folder if it holds a merge.json, which says from what it was made. Three checks:
+    DIR defaults to the current folder if it holds a merge.json, which says from what it was made, or the export.json of
+    an export straight from adapter and base. Three checks:
 
     \b
     replay   every tensor computed again and compared with the stored bytes

@@ -46,13 +46,25 @@ class _Place:
         return [entry.update for entry in self.tensor.updates]
 
 
+def why_not_beside(model: nn.Module, plan: MergePlan) -> Absence | None:
+    """Say why some update has no form on activations; None where all have. The model needs no weights."""
+    found = _find_places(model, plan)
+    return found if isinstance(found, Absence) else None
+
+
 @contextmanager
-def beside(model: nn.Module, plan: MergePlan) -> Iterator[Rounded | Absence]:
-    """Put the plan's updates on a loaded base; gives how to round it by chance, or why it cannot be done."""
+def beside(model: nn.Module, plan: MergePlan, *, within: str = "") -> Iterator[Rounded | Absence]:
+    """Put the plan's updates on a loaded base; gives how to round it by chance, or why it cannot be done.
+
+    ``within`` names a part of the model: the others have no weights, and their updates are left out.
+    """
     places = _find_places(model, plan)
     if isinstance(places, Absence):
         yield places
         return
+    part = model.get_submodule(within)
+    inside = set(part.modules())
+    places = [place for place in places if place.module in inside]
     terms_beside: list[_Beside] = []
     with ExitStack() as stack, torch.no_grad():
         for place in places:
@@ -61,7 +73,7 @@ def beside(model: nn.Module, plan: MergePlan) -> Iterator[Rounded | Absence]:
             if terms:
                 terms_beside.append(_Beside(terms))
                 stack.callback(place.module.register_forward_hook(terms_beside[-1]).remove)
-        yield lambda dtypes, generator: _merged_by_chance(model, places, terms_beside, dtypes, generator)
+        yield lambda dtypes, generator: _merged_by_chance(part, places, terms_beside, dtypes, generator, within)
 
 
 def _find_places(model: nn.Module, plan: MergePlan) -> list[_Place] | Absence:
@@ -175,7 +187,12 @@ def _term(module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:  # noqa: 
 
 @contextmanager
 def _merged_by_chance(
-    model: nn.Module, places: list[_Place], hooks: list[_Beside], dtypes: DTypes, generator: torch.Generator
+    model: nn.Module,
+    places: list[_Place],
+    hooks: list[_Beside],
+    dtypes: DTypes,
+    generator: torch.Generator,
+    within: str,
 ) -> Iterator[None]:
     """Add the products to the weights in float64, round by chance, and leave the hooks without effect meanwhile."""
     saved = [(place.module, place.attribute, place.parameter) for place in places]
@@ -194,7 +211,9 @@ def _merged_by_chance(
             skip.add(id(place.parameter))
         for hook in hooks:
             hook.is_on = False
-        with rounded_parameters(model, dtypes, generator, skip=skip):
+        with rounded_parameters(
+            model, dtypes, generator, skip=skip, name_of=lambda name: f"{within}.{name}".strip(".")
+        ):
             yield
     finally:
         for hook in hooks:

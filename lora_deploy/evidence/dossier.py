@@ -18,6 +18,7 @@ from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.replay import ReplayReport
 from lora_deploy.evidence.verdict import Check, Verdict
+from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
 from lora_deploy.merge.output import write_text
 from lora_deploy.merge.record import RECORD_NAME
 
@@ -55,7 +56,7 @@ class Evidence:
 
     def write(self, folder: Path) -> Path | None:
         """Write ``evidence.json`` into a folder of ours, whole or not at all; None where that cannot be."""
-        if not (folder / RECORD_NAME).is_file():
+        if not any((folder / name).is_file() for name in (RECORD_NAME, EXPORT_RECORD)):
             return None
         text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         try:

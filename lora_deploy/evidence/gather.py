@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_deploy.errors import ExportError, InputError
 from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.export_replay import replay_direct
 from lora_deploy.evidence.exported_base import exported_base
 from lora_deploy.evidence.graph_parity import Graphs
 from lora_deploy.evidence.graphs import GraphFolder, find_graphs
@@ -55,9 +56,10 @@ def gather(
     options: VerifyOptions,
     *,
     is_ours: bool = False,
+    is_direct: bool = False,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Check a merged folder against its plan.
+    """Check a merged folder against its plan; ``is_direct`` says that it is an export without a merged checkpoint.
 
     Raises:
         InputError: The folder's files, the adapter's or the user's probes cannot be read.
@@ -68,29 +70,41 @@ def gather(
     parity: ParityReport | NotApplicable = _LEFT_OUT
     latency: LatencyReport | NotApplicable = _LEFT_OUT
     with ExitStack() as stack:
-        graphs = _graphs(plan, folder, options, stack, progress)
-        if options.includes(Check.REPLAY):
+        graphs = _graphs(plan, folder, options, stack, progress, is_direct=is_direct)
+        if is_direct and options.includes(Check.REPLAY):
+            replayed = replay_direct(plan, folder, read_record(folder), is_ours=is_ours, progress=progress)
+        elif options.includes(Check.REPLAY):
             replayed = replay(plan, folder, is_ours=is_ours, progress=progress)
             if graphs is not None and graphs.faults:
                 replayed = _with_faults(replayed, graphs)
         if options.includes(Check.PARITY):
             pair = Graphs(merged=graphs.merged, base=graphs.base, provider=options.provider) if graphs else None
-            chosen = ParityOptions(probes=options.probes)
-            parity = check_parity(plan, open_merged(folder), chosen, graphs=pair, progress=progress)
+            chosen = ParityOptions(probes=options.probes, layerwise=options.layerwise)
+            parity = check_parity(
+                plan, None if is_direct else open_merged(folder), chosen, graphs=pair, progress=progress
+            )
         if options.includes(Check.LATENCY):
             latency = _latency(graphs, plan, options, progress) if graphs else _NO_GRAPHS
     return Evidence(replay=replayed, parity=parity, latency=latency)
 
 
 def _graphs(
-    plan: MergePlan, folder: Path, options: VerifyOptions, stack: ExitStack, progress: Progress | None
+    plan: MergePlan,
+    folder: Path,
+    options: VerifyOptions,
+    stack: ExitStack,
+    progress: Progress | None,
+    *,
+    is_direct: bool,
 ) -> _Graphs | None:
     merged = find_graphs(folder)
+    if merged is None and is_direct:
+        raise InputError(f"{folder}: its graphs are not there", hint="export once more, with --fresh")
     if merged is None:
         return None
     record = _record(merged)
     faults: tuple[str, ...] = ()
-    if record is not None and (options.includes(Check.REPLAY) or options.includes(Check.LATENCY)):
+    if not is_direct and record is not None and (options.includes(Check.REPLAY) or options.includes(Check.LATENCY)):
         try:
             faults = tuple(replay_export(CheckpointSource(open_merged(folder), {}), merged.root, progress))
         except (ExportError, InputError) as error:

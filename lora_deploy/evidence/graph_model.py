@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_deploy.evidence.graphs import GraphFolder
-from lora_deploy.evidence.session import Session, open_session
+from lora_deploy.evidence.session import Bound, Session, open_session
 
 _ENCODED = "last_hidden_state"
 _GIVEN_ON = ("encoder_outputs.last_hidden_state", "encoder_hidden_states")
@@ -42,6 +41,11 @@ class GraphModel:
     prefill: Session
     decode: Session
     """The session of ``prefill`` where one graph does both."""
+
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Every graph once, in the order in which they run."""
+        return tuple(dict.fromkeys(filter(None, (self.encoder, self.prefill, self.decode))))
 
     @property
     def continues(self) -> bool:
@@ -81,25 +85,25 @@ class GraphModel:
         outputs = self.decode.run(given, self.decode.next_cache(*before.past))
         return Step(outputs=outputs, context=before.context, past=(before.past[0], outputs))
 
-    def reading(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Session, dict[str, Any]], ...]:
-        """Prepare what ``read`` runs, in order, so that it can be timed.
+    def reading(self, inputs: Mapping[str, Tensor]) -> tuple[Bound, ...]:
+        """Prepare what ``read`` runs, in order, inputs on the device, so that it can be timed.
 
         Raises:
             EvidenceError, InconclusiveError: As ``read``.
         """
         if self.encoder is None:
-            return ((self.prefill, self.prefill.feed(inputs)),)
+            return (self.prefill.bind(self.prefill.feed(inputs)),)
         given = _to_decoder(inputs) | self._context(inputs)
-        return (self.encoder, self.encoder.feed(inputs)), (self.prefill, self.prefill.feed(given))
+        return self.encoder.bind(self.encoder.feed(inputs)), self.prefill.bind(self.prefill.feed(given))
 
-    def going_on(self, inputs: Mapping[str, Tensor], before: Step) -> tuple[tuple[Session, dict[str, Any]], ...]:
+    def going_on(self, inputs: Mapping[str, Tensor], before: Step) -> tuple[Bound, ...]:
         """Prepare what ``go_on`` runs.
 
         Raises:
             InconclusiveError: As ``read``.
         """
         given = {**_to_decoder(inputs), **before.context} if self.encoder else inputs
-        return ((self.decode, self.decode.feed(given, self.decode.next_cache(*before.past))),)
+        return (self.decode.bind(self.decode.feed(given, self.decode.next_cache(*before.past))),)
 
     def _context(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.encoder is None:

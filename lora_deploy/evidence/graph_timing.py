@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from lora_deploy.errors import InconclusiveError
 from lora_deploy.evidence.architecture import Architecture
@@ -13,7 +13,7 @@ from lora_deploy.evidence.forward import following
 from lora_deploy.evidence.graph_model import GraphModel, open_model
 from lora_deploy.evidence.graphs import GraphFolder
 from lora_deploy.evidence.probe import Probe, make_workload
-from lora_deploy.evidence.session import Session, plain
+from lora_deploy.evidence.session import Bound, plain
 from lora_deploy.evidence.timing import Load, Times
 
 N_TOKENS = 64
@@ -21,8 +21,6 @@ PREFILL, DECODE, FORWARD = "prefill", "decode", "forward"
 _ROWS = (1, 2, 4)
 """Batches to try: 1, unless the graph was made for another one."""
 _MAIN_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
-Runs: TypeAlias = "tuple[tuple[Session, dict[str, Any]], ...]"
-"""Graphs in the order in which they run, each with its inputs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,7 +89,8 @@ class TimedGraphs:
         """
         model = open_model(folder, provider=workload.provider, n_threads=workload.n_threads)
         probe = workload.probe(model)
-        self._runs: dict[str, Runs] = {PREFILL if model.continues else FORWARD: model.reading(probe.inputs)}
+        first = PREFILL if model.continues else FORWARD
+        self._runs: dict[str, tuple[Bound, ...]] = {first: model.reading(probe.inputs)}
         if model.continues:
             following_inputs = following(probe.inputs, probe.tokens[:, -1:])
             self._runs[DECODE] = model.going_on(following_inputs, model.read(probe.inputs))
@@ -102,9 +101,9 @@ class TimedGraphs:
         return tuple(self._runs)
 
     def run(self, phase: str) -> Times:
-        """Run a phase once, by both clocks."""
+        """Run a phase once, by both clocks; inputs lie on the device, and what was begun there is waited for."""
         runs = self._runs[phase]
         wall, cpu = time.perf_counter_ns(), time.process_time_ns()
-        for session, feeds in runs:
-            session.compute(feeds)
+        for bound in runs:
+            bound.run()
         return Times((time.process_time_ns() - cpu) / 1e9, (time.perf_counter_ns() - wall) / 1e9)

@@ -78,6 +78,9 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
         left_out=left_out,
         facts={
             "provider": model.prefill.provider,
+            "provider_settings": dict(model.prefill.settings),
+            "nodes": {session.path.name: session.placement.to_json() for session in model.sessions},
+            "placement": model.prefill.placement.summary,
             "probes_left_out": left_out,
             "graphs": [str(path.relative_to(folder.root)) for path in folder.files],
             "load_seconds": loaded - started,

@@ -18,6 +18,8 @@ class VerifyOptions:
     """Checks to leave out."""
     probes: Path | None = None
     """JSON lines with prompts, token ids, images or sounds, fed beside the random inputs."""
+    layerwise: bool = False
+    """Compare outputs layer by layer even where the whole model fits into memory."""
     base_graph: Path | None = None
     """Folder with the same export of the base, to compare the merged graphs with."""
     provider: str = "cpu"

@@ -2,7 +2,8 @@
 
 Promise: the reference is run in float32 by someone else's loader where there is one; every subject is compared at every
 position of every probe; the tolerance is measured beside it, and a comparison that could not have seen a missing
-adapter is inconclusive. What cannot be run is said, not guessed.
+adapter is inconclusive. A model that does not fit into memory is compared layer by layer, which the report says. What
+cannot be run is said, not guessed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from lora_deploy.evidence.architecture import Absence, Architecture, find_archit
 from lora_deploy.evidence.chanced import DTypes
 from lora_deploy.evidence.conventions import Conventions
 from lora_deploy.evidence.graph_parity import Graphs, graph_subjects, run_all
+from lora_deploy.evidence.layerwise import NOTE, layerwise_bytes, run_layerwise
 from lora_deploy.evidence.loading import as_folder
+from lora_deploy.evidence.magnitude import RangeReport
 from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
 from lora_deploy.evidence.probe import SEED, Probe, make_probes
@@ -33,6 +36,15 @@ from lora_deploy.merge.budget import available_bytes
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
 
+_REPLAY_HINT = "the replay of its weights is what proves this merge; --skip parity says that it is enough"
+_GRAPHS_LEFT_OUT = SubjectReport(
+    name="onnx",
+    verdict=Verdict.INCONCLUSIVE,
+    reason="graphs run as a whole, and layer by layer there is nothing whole to compare them with",
+    by_probe={},
+    facts={},
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityOptions:
@@ -40,17 +52,19 @@ class ParityOptions:
 
     probes: Path | None = None
     """JSON lines with prompts, token ids, images or sounds, beside the random ones."""
+    layerwise: bool = False
+    """Compare layer by layer even where the whole model fits into memory."""
 
 
 def check_parity(
     plan: MergePlan,
-    merged: Checkpoint,
+    merged: Checkpoint | None,
     options: ParityOptions | None = None,
     *,
     graphs: Graphs | None = None,
     progress: Progress | None = None,
 ) -> ParityReport | NotApplicable:
-    """Compare a merged checkpoint with the unmerged model.
+    """Compare a merged checkpoint and its graphs with the unmerged model; without a checkpoint, the graphs alone.
 
     Raises:
         InputError: The user's probes cannot be read, or the adapter's file is not the one that was merged.
@@ -61,31 +75,82 @@ def check_parity(
         if not architecture.is_applicable:
             return NotApplicable(reason=architecture.reason)
         return _unmeasured(architecture.reason, architecture.hint)
-    conventions = Conventions.of(plan.config, merged.root)
+    root = merged.root if merged is not None else graphs.merged.root if graphs is not None else Path()
+    conventions = Conventions.of(plan.config, root)
     probes = make_probes(plan.config, architecture, conventions=conventions)
     if options is not None and options.probes is not None:
-        probes += read_probes(options.probes, merged.root, conventions, architecture)
+        probes += read_probes(options.probes, root, conventions, architecture)
     needed, available = needed_bytes(plan, probes), available_bytes()
-    if available is not None and needed > available:
-        return _unmeasured(
-            f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
-            "the replay of its weights is what proves this merge; --skip parity says that it is enough",
+    is_too_large = available is not None and needed > available
+    if is_too_large or (options is not None and options.layerwise):
+        why = f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {(available or 0) / 1e9:.1f} GB are free"
+        if merged is None:
+            return _unmeasured(f"{why}; layer by layer: {_GRAPHS_LEFT_OUT.reason}", _REPLAY_HINT)
+        report = _layer_by_layer(
+            plan,
+            merged,
+            architecture,
+            probes,
+            progress,
+            why=why if is_too_large else "asked for",
+            has_graphs=bool(graphs),
         )
-    with reporting(progress, "measuring parity", (N_PASSES + 1) * plan.n_bytes) as advance:
-        report = _measure(plan, merged, architecture, probes, graphs, advance)
+    else:
+        with reporting(progress, "measuring parity", (N_PASSES + 1) * plan.n_bytes) as advance:
+            report = _measure(plan, merged, architecture, probes, graphs, advance)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _layer_by_layer(
+    plan: MergePlan,
+    merged: Checkpoint,
+    architecture: Architecture,
+    probes: Sequence[Probe],
+    progress: Progress | None,
+    *,
+    why: str,
+    has_graphs: bool,
+) -> ParityReport:
+    try:
+        needed, available = layerwise_bytes(plan, architecture, probes), available_bytes()
+        if available is not None and needed > available:
+            return _unmeasured(f"{why}; layer by layer it needs {needed / 1e9:.1f} GB", _REPLAY_HINT)
+        dtypes = DTypes.of(merged.tensors, {tensor.spec.name for tensor in plan.tensors if tensor.updates})
+        with reporting(progress, "measuring parity layer by layer", 2 * plan.n_bytes) as advance:
+            found = run_layerwise(plan, merged, architecture, probes, dtypes, advance)
+    except EvidenceError as error:
+        return _unmeasured(f"{why}; layer by layer: {error.message}", _REPLAY_HINT)
+    if isinstance(found, Absence):
+        return _unmeasured(f"{why}; {found.reason}", found.hint or _REPLAY_HINT)
+    report = ParityReport(
+        verdict=Verdict.PASS,
+        reference=f"{architecture.name}, float32, {found.source}",
+        way="layer by layer",
+        is_independent=found.is_independent,
+        dtype=dtypes.usual.long_name,
+        subjects=(*found.subjects, *([_GRAPHS_LEFT_OUT] if has_graphs else [])),
+        power=found.power,
+        effect=found.effect,
+        magnitudes=found.magnitudes,
+        probes={probe.name: probe.description for probe in probes},
+        seed=SEED,
+        notes=(f"{NOTE} ({why})", *_notes(found.magnitudes, is_independent=found.is_independent)),
+        versions=versions(),
+    )
+    return judged(report)
 
 
 def _measure(
     plan: MergePlan,
-    merged: Checkpoint,
+    merged: Checkpoint | None,
     architecture: Architecture,
     probes: Sequence[Probe],
     graphs: Graphs | None,
     advance: Callable[[int], None],
 ) -> ParityReport:
     adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
-    dtypes = DTypes.of(merged.tensors, adapted)
+    stored = merged.tensors if merged is not None else {tensor.spec.name: tensor.spec for tensor in plan.tensors}
+    dtypes = DTypes.of(stored, adapted)
     runs = run_all(graphs, probes) if graphs is not None else None
     graph_dtype = runs.dtype if runs is not None else None
     try:
@@ -95,7 +160,7 @@ def _measure(
     if isinstance(reference, Absence):
         return _unmeasured(reference.reason, reference.hint)
     shares = merge_share(reference.roundings, dtypes.usual.long_name)
-    subjects = [_reloaded(merged, architecture, probes, reference, shares)]
+    subjects = [] if merged is None else [_reloaded(merged, architecture, probes, reference, shares)]
     advance(plan.n_bytes)
     if runs is not None:
         subjects += graph_subjects(runs, probes, reference, shares)
@@ -112,7 +177,7 @@ def _measure(
         probes={probe.name: probe.description for probe in probes},
         seed=SEED,
         notes=(
-            *_notes(reference),
+            *_notes(reference.magnitudes, is_independent=reference.is_independent),
             *_blind(power),
             *_unseen(architecture, plan, probes),
             *(runs.notes if runs is not None else ()),
@@ -183,12 +248,12 @@ def _power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[
     )
 
 
-def _notes(reference: ReferenceRun) -> tuple[str, ...]:
+def _notes(magnitudes: RangeReport, *, is_independent: bool) -> tuple[str, ...]:
     notes = []
-    if not reference.is_independent:
+    if not is_independent:
         notes.append("shares our reader: a scale that was read wrongly would be on both sides")
-    if reference.magnitudes.warning and reference.magnitudes.verdict is Verdict.PASS:
-        notes.append(reference.magnitudes.warning)
+    if magnitudes.warning and magnitudes.verdict is Verdict.PASS:
+        notes.append(magnitudes.warning)
     return tuple(notes)
 
 

@@ -74,6 +74,8 @@ class ParityReport:
     hint: str = ""
     reference: str = ""
     """Who built the unmerged model; says so where it shares our reader."""
+    way: str = "whole model"
+    """``whole model``, or ``layer by layer`` where that did not fit into memory."""
     is_independent: bool = False
     dtype: str = ""
     """Format that most adapted weights are stored in."""
@@ -98,6 +100,7 @@ class ParityReport:
             "hint": self.hint,
             "units": "kl in nats; distances relative to the reference; others in the output's own unit",
             "reference": self.reference,
+            "way": self.way,
             "is_independent": self.is_independent,
             "dtype": self.dtype,
             "power": [entry.to_json() for entry in self.power],

@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from lora_deploy.adapters.interface import ReadOptions
 from lora_deploy.adapters.open import CONFIG_NAME
 from lora_deploy.artifact import sha256_of
 from lora_deploy.errors import InputError
-from lora_deploy.evidence.activation import beside
+from lora_deploy.evidence.activation import Rounded, beside, why_not_beside
 from lora_deploy.evidence.architecture import INSTALL_HINT, Absence, missing_packages
 from lora_deploy.evidence.chanced import DTypes, rounded_parameters
 from lora_deploy.merge.plan import MergePlan
+from lora_deploy.updates.interface import Update
 from lora_deploy.validate import BindOptions
 
 _PEFT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_SHARED = "the factors that were read, on activations: shares our reader"
 _INSIDE = (".base_model.model.", ".base_layer", ".original_module", ".modules_to_save.default", ".token_adapter")
 """What PEFT puts into the names of modules."""
 
@@ -49,8 +51,23 @@ class Unmerged:
     """Whether nothing of our reader took part."""
     modules: Mapping[str, nn.Module]
     """Modules that the merged model has, too, by their names there."""
-    rounded: Callable[[DTypes, torch.Generator], AbstractContextManager[None]]
+    rounded: Rounded
     """Within this, the adapter is merged and every weight rounded by chance to the dtype it is stored in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnmergedParts:
+    """A model without weights, with its adapter beside them, whose parts can be run once they are given theirs."""
+
+    model: nn.Module
+    source: str
+    is_independent: bool
+    modules: Mapping[str, nn.Module]
+    """As of ``Unmerged``."""
+    base_name: Callable[[str], str]
+    """What a parameter of the model is called in the base; empty for those that only the adapter has."""
+    part: Callable[[str], AbstractContextManager[Rounded | Absence]]
+    """Within this, the part of that name, which has its weights, has its adapter; gives how to round it by chance."""
 
 
 def peer_reads(plan: MergePlan) -> bool:
@@ -89,11 +106,73 @@ def unmerged(model: nn.Module, plan: MergePlan) -> Iterator[Unmerged | Absence]:
             return
         yield Unmerged(
             model=model,
-            source="the factors that were read, on activations: shares our reader",
+            source=_SHARED,
             is_independent=False,
             modules=dict(model.named_modules()),
             rounded=found,
         )
+
+
+def unmerged_parts(model: nn.Module, plan: MergePlan) -> UnmergedParts | Absence:
+    """Put the plan's adapters beside the weights that a base on the meta device will have; the model is used up.
+
+    Raises:
+        InputError: The adapter's file is not the one that was merged.
+    """
+    for adapter in plan.binding.adapters:
+        _check_unchanged(adapter)
+    if not peer_reads(plan):
+        problem = why_not_beside(model, plan)
+        return problem or UnmergedParts(
+            model=model,
+            source=_SHARED,
+            is_independent=False,
+            modules=dict(model.named_modules()),
+            base_name=str,
+            part=lambda name: beside(model, plan, within=name),
+        )
+    if missing_packages("peft"):
+        return Absence(
+            reason="peft is not installed: no part can be run unmerged", is_applicable=True, hint=INSTALL_HINT
+        )
+    if any(entry.update.needs_whole for t in plan.tensors for entry in t.updates if isinstance(entry.update, Update)):
+        reason = "peft takes this kind of adapter out of the weights when it loads, and needs all of them for that"
+        return Absence(reason=reason, is_applicable=True)
+    with _seeming_loaded(model):
+        found = _with_peft(model, plan.binding.adapters[0], low_cpu_mem_usage=True)
+    if isinstance(found, Absence):
+        return found
+
+    def part(name: str) -> AbstractContextManager[Rounded]:
+        module = found.model.get_submodule(name)
+        return nullcontext(lambda dtypes, generator: _merged_by_chance(module, dtypes, generator, within=name))
+
+    return UnmergedParts(
+        model=found.model,
+        source=found.source,
+        is_independent=True,
+        modules=found.modules,
+        base_name=lambda name: "" if "modules_to_save" in name.split(".") else plain_name(name),
+        part=part,
+    )
+
+
+@contextmanager
+def _seeming_loaded(model: nn.Module) -> Iterator[None]:
+    """Have parameters of the meta device on the CPU, one number each: PEFT puts an adapter where its base is."""
+    empty: dict[nn.Parameter, nn.Parameter] = {}
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            seeming = nn.Parameter(parameter.new_zeros((), device="cpu").expand(parameter.shape), requires_grad=False)
+            empty[seeming] = parameter
+            setattr(module, name, seeming)
+    try:
+        yield
+    finally:
+        for module in list(model.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter in empty:
+                    setattr(module, name, empty[parameter])
 
 
 def _check_unchanged(adapter: Adapter) -> None:
@@ -109,13 +188,15 @@ def _check_unchanged(adapter: Adapter) -> None:
             )
 
 
-def _with_peft(model: nn.Module, adapter: Adapter) -> Unmerged | Absence:
+def _with_peft(model: nn.Module, adapter: Adapter, **settings: Any) -> Unmerged | Absence:  # noqa: ANN401 - PEFT's own
     import peft
 
     with _peft_folder(adapter) as folder, warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
-            wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False, local_files_only=True)
+            wrapped = peft.PeftModel.from_pretrained(
+                model, str(folder), is_trainable=False, local_files_only=True, **settings
+            )
         except Exception as error:  # noqa: BLE001 - whatever the peer raises, it does not read this adapter
             reason = f"peft {peft.__version__} does not load {adapter.path}: {type(error).__name__}: {error}"
             return Absence(reason=reason, is_applicable=True)
@@ -166,8 +247,17 @@ def _modules_of_the_merged(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _merged_by_chance(model: nn.Module, dtypes: DTypes, generator: torch.Generator) -> Iterator[None]:
-    """Merge with PEFT's own code, layer by layer, finer than what is stored; then round every parameter by chance."""
+def _merged_by_chance(
+    model: nn.Module, dtypes: DTypes, generator: torch.Generator, *, within: str = ""
+) -> Iterator[None]:
+    """Merge with PEFT's own code, layer by layer, finer than what is stored; then round every parameter by chance.
+
+    ``within`` is the path of the module in the whole model.
+    """
+
+    def full_name(name: str) -> str:
+        return plain_name(f"{within}.{name}".strip("."))
+
     outer = list(_outer_layers(model))
     saved: list[tuple[nn.Module, str, nn.Parameter]] = []
     merged: list[Any] = []
@@ -191,13 +281,13 @@ def _merged_by_chance(model: nn.Module, dtypes: DTypes, generator: torch.Generat
                     warnings.simplefilter("ignore")
                     inner.merge()
             for module, name, _ in parts:
-                full = plain_name(f"{names[id(module)]}.{name}")
+                full = full_name(f"{names[id(module)]}.{name}")
                 value = dtypes.round(full, getattr(module, name).detach(), generator)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
                 rounded.add(id(getattr(module, name)))
             layer.float()
             rounded |= {id(p) for _, p in layer.named_parameters()}
-        with rounded_parameters(model, dtypes, generator, skip=rounded, name_of=plain_name):
+        with rounded_parameters(model, dtypes, generator, skip=rounded, name_of=full_name):
             yield
     finally:
         for module, name, parameter in saved:

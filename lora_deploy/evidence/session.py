@@ -17,18 +17,10 @@ import torch
 from torch import Tensor
 
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import EvidenceError, InconclusiveError, RecipeError
-from lora_deploy.evidence.architecture import INSTALL_HINT, missing_packages
+from lora_deploy.errors import EvidenceError, ExportError, InconclusiveError, RecipeError
+from lora_deploy.evidence.placement import Placement, placement_of
+from lora_deploy.export import runtime
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "rocm": "ROCMExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "directml": "DmlExecutionProvider",
-}
 _TYPES = {
     "tensor(float)": torch.float32,
     "tensor(double)": torch.float64,
@@ -45,8 +37,6 @@ _LAYER, _KIND, _OF_ENCODER = re.compile(r"\d+"), re.compile(r"key|value"), re.co
 _SIDE = re.compile(r"^(?:input|output)\.")
 """What transformers' exporter puts before a name that is both an input and an output."""
 _SEGMENTS = "token_type_ids"
-_QUIET = 3
-"""onnxruntime logs errors and nothing less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,6 +52,10 @@ class Session:
     """As inputs."""
     cache: Mapping[str, CachePlace]
     """Cache inputs by name, each with what it holds."""
+    placement: Placement
+    """Which provider runs which node."""
+    settings: Mapping[str, str]
+    """What the provider says that it was told, TensorFloat-32 among it."""
     _session: Any
 
     @property
@@ -111,6 +105,19 @@ class Session:
             raise EvidenceError(f"{self.path}: onnxruntime does not run it: {error}") from error
         return found
 
+    def bind(self, feeds: Mapping[str, Any]) -> Bound:
+        """Put prepared inputs where the provider computes, so that running is nothing but running."""
+        import onnxruntime
+
+        device = runtime.DEVICES.get(self.provider, "cpu")
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0))
+        for name in self.outputs:
+            binding.bind_output(name, device)
+        binding.synchronize_inputs()
+        return Bound(path=self.path, _session=self._session, _binding=binding)
+
     def next_cache(self, *outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take from earlier steps' outputs what the next one continues: of this graph, or of the one that read a text.
 
@@ -148,6 +155,32 @@ class Session:
         return next((dtype for dtype in types if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bound:
+    """A graph with its inputs on the device."""
+
+    path: Path
+    _session: Any
+    _binding: Any
+
+    def run(self) -> None:
+        """Run the graph and wait for it; outputs stay where they are.
+
+        Raises:
+            EvidenceError: onnxruntime does not run it.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+        except Exception as error:  # onnxruntime raises classes of its own
+            raise EvidenceError(f"{self.path}: onnxruntime does not run it: {error}") from error
+
+    def outputs(self) -> list[Any]:
+        """Copy the outputs to the CPU, in the graph's order."""
+        found: list[Any] = self._binding.copy_outputs_to_cpu()
+        return found
+
+
 def open_session(path: Path, *, provider: str = "cpu", n_threads: int = 1) -> Session:
     """Load a graph.
 
@@ -156,27 +189,18 @@ def open_session(path: Path, *, provider: str = "cpu", n_threads: int = 1) -> Se
         InconclusiveError: onnxruntime is not installed, or the provider is not there or did not load.
         EvidenceError: onnxruntime does not load the graph.
     """
-    wanted = PROVIDERS.get(provider.lower())
+    wanted = runtime.PROVIDERS.get(provider.lower())
     if wanted is None:
-        raise RecipeError(f"provider: found {provider!r}, expected one of {', '.join(PROVIDERS)}")
-    if missing_packages("onnxruntime"):
-        raise InconclusiveError("onnxruntime is not installed: no graph can be run", hint=INSTALL_HINT)
-    import onnxruntime
-
-    available = onnxruntime.get_available_providers()
-    if wanted not in available:
-        raise InconclusiveError(
-            f"{wanted} is not in this onnxruntime, which has {', '.join(available)}",
-            hint="a verdict for one provider never stands for another; install the build that has it",
-        )
+        raise RecipeError(f"provider: found {provider!r}, expected one of {', '.join(runtime.PROVIDERS)}")
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), sess_options=_options(onnxruntime, n_threads), providers=_with_settings(wanted)
-        )
-    except Exception as error:
-        raise EvidenceError(f"{path}: onnxruntime does not load it: {error}") from error
-    if session.get_providers()[0] != wanted:
-        raise InconclusiveError(f"{path}: {wanted} did not load, onnxruntime fell back to {session.get_providers()[0]}")
+        session = runtime.open_session(path, provider.lower(), n_threads)
+    except ExportError as error:
+        if error.code in {"extra-missing", "extra-conflict"}:
+            raise InconclusiveError(f"{error.message}: no graph can be run", hint=error.hint) from error
+        if error.code in {runtime.MISSING, runtime.FELL_BACK}:
+            hint = error.hint or "a verdict for one provider never stands for another"
+            raise InconclusiveError(error.message, hint=hint) from error
+        raise EvidenceError(error.message, hint=error.hint) from error
     inputs = {node.name: node for node in session.get_inputs()}
     return Session(
         path=path,
@@ -184,6 +208,8 @@ def open_session(path: Path, *, provider: str = "cpu", n_threads: int = 1) -> Se
         inputs=inputs,
         outputs={node.name: node for node in session.get_outputs()},
         cache={name: place for name in inputs if _CACHE.search(name) and (place := _place(name)) is not None},
+        placement=placement_of(session, wanted),
+        settings=session.get_provider_options().get(wanted, {}),
         _session=session,
     )
 
@@ -191,20 +217,6 @@ def open_session(path: Path, *, provider: str = "cpu", n_threads: int = 1) -> Se
 def plain(name: str) -> str:
     """Name an input or output as the model does."""
     return _SIDE.sub("", name)
-
-
-def _options(onnxruntime: Any, n_threads: int) -> Any:  # noqa: ANN401 - a package without types
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = n_threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _QUIET
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
-
-
-def _with_settings(provider: str) -> list[Any]:
-    """Settings that make float32 what it says: TensorFloat-32 is off."""
-    return [(provider, {"use_tf32": "0"})] if provider == PROVIDERS["cuda"] else [provider]
 
 
 def _place(name: str) -> CachePlace | None:

@@ -99,12 +99,14 @@ def measure(
     seconds: float,
     seed: int,
     clock: str = CPU,
+    warm_seconds: float = 0.0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Measurement:
     """Measure sides against the one called ``base``; judge the one called ``merged``.
 
     Other sides (the base again, a contrast) are measured in the pairs before the first look, and told. ``advance`` is
-    called with 1 after each pair.
+    called with 1 after each pair. ``warm_seconds`` of running come before each pair's first round, where a device has
+    clocks that rise with work.
     """
     generator, started = random.Random(seed), time.monotonic()  # noqa: S311 - an order, no secret
     found = Measurement(seed=seed, bound=bound, clock=clock)
@@ -117,8 +119,8 @@ def measure(
             break
         present = sides if k < LOOKS[0] else judged
         if not found.n_rounds:
-            found.n_rounds = _n_rounds(sides, seconds)
-        found.pairs.append(_pair(present, found.n_rounds, generator))
+            found.n_rounds = _n_rounds(sides, seconds, warm_seconds)
+        found.pairs.append(_pair(present, found.n_rounds, generator, warm_seconds))
         advance(1)
         last = time.monotonic() - begun
         if k + 1 in LOOKS:
@@ -131,7 +133,7 @@ def measure(
     return found
 
 
-def _n_rounds(sides: Mapping[str, Load], seconds: float) -> int:
+def _n_rounds(sides: Mapping[str, Load], seconds: float, warm_seconds: float) -> int:
     """Try one set, which is not kept, to see how many rounds a pair can have."""
     begun = time.monotonic()
     loaded = {name: load() for name, load in sides.items()}
@@ -142,18 +144,21 @@ def _n_rounds(sides: Mapping[str, Load], seconds: float) -> int:
             for phase in side.phases:
                 side.run(phase)
         a_round = time.monotonic() - begun
-    share = seconds / _HOPED_PAIRS - loading - a_round
+    share = seconds / _HOPED_PAIRS - loading - max(a_round, warm_seconds)
     return max(_MIN_ROUNDS, min(_MAX_ROUNDS, int(share / max(a_round, 1e-6))))
 
 
-def _pair(sides: Mapping[str, Load], n_rounds: int, generator: random.Random) -> Pair:
+def _pair(sides: Mapping[str, Load], n_rounds: int, generator: random.Random, warm_seconds: float) -> Pair:
     order = list(sides)
     generator.shuffle(order)
     loaded = {name: sides[name]() for name in order}
     phases = next(iter(loaded.values())).phases
-    for side in loaded.values():
-        for phase in phases:
-            side.run(phase)
+    begun, is_warm = time.perf_counter(), False
+    while not is_warm:
+        for side in loaded.values():
+            for phase in phases:
+                side.run(phase)
+        is_warm = time.perf_counter() - begun >= warm_seconds
     taken: dict[tuple[str, str], list[Times]] = {(name, phase): [] for name in sides for phase in phases}
     for _ in range(n_rounds):
         for phase in phases:

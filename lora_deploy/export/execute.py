@@ -133,6 +133,7 @@ def _write(
         digest=digest,
         blueprint=plan.blueprint.digest,
         source=dict(identity["source"]),
+        origin=plan.source.origin(identity["source"]),
         options=plan.settings,
         opset=graphs.opset,
         graphs=dict(graphs.graphs),
@@ -150,11 +151,19 @@ def _write(
     return record
 
 
+def exported_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Give ``config.json`` of an export: the model's, with the format that the graphs compute in."""
+    return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
+
+
 def _travelling(plan: ExportPlan, graphs: GraphSet, folder: Path) -> list[Artifact]:
     """Configuration, tokenizer or processor, generation settings, and what belongs to the graph."""
-    config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"}
-    config["dtype"] = plan.dtype.long_name
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = (
+        json.dumps(
+            exported_config(plan.source.config, plan.dtype.long_name), indent=2, sort_keys=True, ensure_ascii=False
+        )
+        + "\n"
+    )
     artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
     for name, path in sorted(plan.source.companions.items()):
         artifacts.append(write_file(folder / name, path.read_bytes(), (), root=folder))

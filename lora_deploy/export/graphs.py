@@ -1,8 +1,8 @@
 """Graphs of bases: made once, kept in the cache under their blueprint's digest, found again in no time.
 
-Promise: a graph in the cache is whole: it was made in a folder beside it and put in place by one rename, and of two
-processes that make the same one, the second to finish throws its own away. ``$LORA_DEPLOY_CACHE/graphs`` may be deleted
-at any time.
+Promise: a graph in the cache is whole: it was made in a folder beside it and put in place by one rename. Of two
+processes that want the same one, the second waits for the first's. ``$LORA_DEPLOY_CACHE/graphs`` may be deleted at any
+time.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,13 +28,16 @@ from lora_deploy.export.blueprint import Blueprint, write_synthetic
 from lora_deploy.export.canonical import canonical_digest, opset_of, ports_of
 from lora_deploy.export.interface import GraphMaker, GraphTask
 from lora_deploy.export.record import RecordedGraph, RecordedPort
+from lora_deploy.export.room import require_room
 from lora_deploy.export.sources import mapped
+from lora_deploy.merge.output import is_same_file, remove
 from lora_deploy.merge.progress import Progress, reporting
 from lora_deploy.safetensors_file import sync_folder
 
 TABLE_NAME = "binding_table.json"
 _ABOUT_NAME = "graph.json"
 _WORK_PREFIX = ".making-"
+_LOCK_NAME = "lock"
 _SEEDS = (20_251_125, 31_415_927)
 
 
@@ -79,37 +81,63 @@ def graph_of(blueprint: Blueprint, maker: GraphMaker, progress: Progress | None 
         return found
     place.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(place.parent)
-    work = Path(mkdtemp(prefix=_WORK_PREFIX, dir=place.parent))
-    lock = _lock(work)
-    try:
+    with _claimed(place, progress) as work:
+        found = _read(place, blueprint.digest, was_cached=True)  # it may have been made while this process waited
+        if found is not None:
+            return found
+        require_room(blueprint, work)
         made = work / "graph"
         made.mkdir()
         _make(blueprint, maker, work, made, progress)
         sync_folder(made)
-        if _read(place, blueprint.digest, was_cached=True) is None and place.exists():
+        if place.exists():
             place.rename(work / "broken")
-        with suppress(OSError):  # another process was quicker: its graph is as good
-            made.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+        made.rename(place)
     found = _read(place, blueprint.digest, was_cached=False)
     assert found is not None, f"{place}: was just written"  # noqa: S101
     return found
 
 
-def _lock(work: Path) -> int:
-    """Hold a working folder, so that nobody takes it for abandoned; the system lets go when the process dies."""
-    lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return lock
+@contextmanager
+def _claimed(place: Path, progress: Progress | None) -> Iterator[Path]:
+    """Hold the folder in which a graph is made; another process that makes the same one is waited for.
+
+    The lock is the system's, which lets go when a process dies; so nobody takes the folder for abandoned meanwhile.
+    """
+    work = place.with_name(f"{_WORK_PREFIX}{place.name}")
+    while True:
+        try:
+            work.mkdir(exist_ok=True)
+            lock = os.open(work / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # the process that held it is tidying up
+        try:
+            _wait_for(lock, progress)
+            if is_same_file(lock, work / _LOCK_NAME):
+                try:
+                    for left in [path for path in work.iterdir() if path.name != _LOCK_NAME]:
+                        remove(left)  # a killed process's
+                    yield work
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+                return
+        finally:
+            os.close(lock)
+
+
+def _wait_for(lock: int, progress: Progress | None) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with reporting(progress, "waiting for another process that makes this graph", 0):
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove working folders of processes that were killed: they are as large as two checkpoints."""
     for work in folder.glob(f"{_WORK_PREFIX}*"):
         with suppress(OSError):  # held by a process that works there, or just begun or ended
-            lock = os.open(work / "lock", os.O_RDWR)
+            lock = os.open(work / _LOCK_NAME, os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(work, ignore_errors=True)

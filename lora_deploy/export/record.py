@@ -1,7 +1,7 @@
 """The export record, ``export.json``: what transformers' loader reads, and under one key of ours what was exported.
 
 Promise: a schema version, digests of every input, graph and file; the same inputs, options and versions give the same
-record. Nothing of the machine or of the time is in it.
+record. Nothing of the time is in it, and of the machine only where a direct export's base and adapters were read from.
 Source: transformers 5.23 ``exporters/base.py``, ``ExportedModel.save_pretrained`` (schema 1).
 """
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import InputError
-from lora_deploy.merge.record import RecordedFile, RecordedFinding
+from lora_deploy.merge.record import RecordedFile, RecordedFinding, RecordedOrigin
 
 RECORD_NAME = "export.json"
 SCHEMA: Literal[1] = 1
@@ -57,6 +57,8 @@ class ExportRecord(_Frozen):
     """Digest of what the graphs depend on; a base and all that is merged into it share it."""
     source: dict[str, Any]
     """``merged``: the weight files, by digest; or ``merge``: what was merged on the way, and how."""
+    origin: RecordedOrigin | None = None
+    """Of a direct export: what takes the place of a merge record, for planning the same merge again."""
     options: dict[str, Any]
     """``dtype``, ``provider``, ``storage``, ``layout`` and ``maker``, all resolved."""
     opset: int

@@ -1,6 +1,7 @@
-"""Open exported graphs in onnxruntime, on the provider that they were made for.
+"""Open graphs in onnxruntime on one provider; everything that runs graphs here goes through this.
 
-Promise: a provider that did not load is an error; onnxruntime itself would fall back to the CPU without a word.
+Promise: a provider that did not load is an error, at loading and at running: onnxruntime itself would fall back to the
+CPU without a word. Float32 means float32: TensorFloat-32 is off. Nodes that the provider leaves to another are known.
 """
 
 from __future__ import annotations
@@ -11,31 +12,59 @@ from typing import Any
 from lora_deploy.errors import ExportError
 from lora_deploy.export.extras import require_onnxruntime
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+SETTINGS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""What a provider is told, by its full name."""
+DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""Where a provider keeps tensors, as onnxruntime calls it; the others are fed from the CPU."""
+MISSING, FELL_BACK = "provider-missing", "provider-not-loaded"
+"""Codes of the errors that say that a provider does not run here."""
+_HINTS = {"cuda": "pip install 'lora-deploy[gpu]' in place of [cpu]"}
+_QUIET = 3
+"""onnxruntime logs errors and nothing less."""
 
 
 def open_session(graph: Path, provider: str, n_threads: int | None = None) -> Any:  # noqa: ANN401 - an InferenceSession
-    """Open a graph; ``n_threads`` None leaves that to onnxruntime.
+    """Open a graph; ``provider`` is a name in ``PROVIDERS``, ``n_threads`` None leaves that to onnxruntime.
 
     Raises:
-        ExportError: onnxruntime is missing, does not have the provider, or refuses the graph.
+        ExportError: onnxruntime is missing, does not have or load the provider, or refuses the graph.
     """
     runtime = require_onnxruntime()
-    name = _PROVIDERS[provider]
-    if name not in runtime.get_available_providers():
+    name = PROVIDERS[provider]
+    available = runtime.get_available_providers()
+    if name not in available:
         raise ExportError(
-            f"--provider {provider}: this onnxruntime has only {', '.join(runtime.get_available_providers())}",
-            hint="pip install 'lora-deploy[gpu]' in place of [cpu]" if provider == "cuda" else None,
-            code="provider-missing",
+            f"{name} is not in this onnxruntime, which has {', '.join(available)}",
+            hint=_HINTS.get(provider, "install the build of onnxruntime that has it"),
+            code=MISSING,
         )
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    if n_threads is not None:
-        options.intra_op_num_threads = n_threads
     try:
-        session = runtime.InferenceSession(str(graph), options, providers=[name])
+        session = runtime.InferenceSession(
+            str(graph), sess_options=_options(runtime, n_threads), providers=[(name, SETTINGS.get(name, {}))]
+        )
     except Exception as error:  # onnxruntime's own errors have no common class
-        raise ExportError(f"{graph}: onnxruntime refuses it: {' '.join(str(error).split())[:500]}") from error
+        raise ExportError(f"{graph}: onnxruntime does not load it: {' '.join(str(error).split())[:500]}") from error
     if session.get_providers()[0] != name:
-        raise ExportError(f"{graph}: onnxruntime did not load {name}, only {', '.join(session.get_providers())}")
+        found = session.get_providers()[0]
+        raise ExportError(f"{graph}: {name} did not load, onnxruntime fell back to {found}", code=FELL_BACK)
+    session.disable_fallback()  # a kernel that fails would put the whole graph on the CPU, and succeed there
     return session
+
+
+def _options(runtime: Any, n_threads: int | None) -> Any:  # noqa: ANN401 - a package without types
+    options = runtime.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if n_threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = n_threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options

@@ -17,10 +17,12 @@ from lora_deploy.artifact import Artifact
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import ExportError
 from lora_deploy.merge.budget import fit
+from lora_deploy.merge.compose import compose_origin
 from lora_deploy.merge.identity import base_artifacts, identify
 from lora_deploy.merge.local import chosen_device, local_workers
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.progress import Progress
+from lora_deploy.merge.record import RecordedOrigin
 from lora_deploy.merge.shard import chunks
 from lora_deploy.names.index import NameIndex
 from lora_deploy.names.ties import ties_of
@@ -46,6 +48,10 @@ class WeightSource(Protocol):
         """Say what the weights are, by digests: JSON for the record."""
         ...
 
+    def origin(self, inputs: Mapping[str, Any]) -> RecordedOrigin | None:
+        """Say from what they are merged on the way; None where they were merged before. ``inputs`` are those above."""
+        ...
+
 
 class CheckpointSource:
     """A folder of merged weights."""
@@ -65,6 +71,9 @@ class CheckpointSource:
     def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
         """Digest the weight files."""
         return {"merged": [_file(artifact) for artifact in base_artifacts(self.checkpoint, progress)]}
+
+    def origin(self, inputs: Mapping[str, Any]) -> None:
+        """Say nothing: the folder's own record does."""
 
 
 class PlanSource:
@@ -106,6 +115,10 @@ class PlanSource:
     def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
         """Digest base and adapters, and say with which options they are merged."""
         return {"merge": identify(self._plan, progress)}
+
+    def origin(self, inputs: Mapping[str, Any]) -> RecordedOrigin:
+        """Say which base and adapters, and where they lie."""
+        return compose_origin(self._plan, inputs["merge"])
 
 
 def mapped(checkpoint: Checkpoint, name: str) -> Tensor:

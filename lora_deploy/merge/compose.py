@@ -24,6 +24,7 @@ from lora_deploy.merge.record import (
     RecordedCost,
     RecordedFile,
     RecordedFinding,
+    RecordedOrigin,
     RecordedTensor,
     RecordedUpdate,
 )
@@ -39,12 +40,33 @@ def compose_record(
     cost: Mapping[str, Any],
 ) -> MergeRecord:
     """Put together everything that ``merge.json`` says."""
-    binding = plan.binding
-    weights = binding.options.weights or (1.0,) * len(binding.adapters)
+    binding, origin = plan.binding, compose_origin(plan, identity)
     changed = [tensor for tensor in plan.tensors if tensor.treatment is not Treatment.UNTOUCHED]
     return MergeRecord(
         schema=SCHEMA,
         digest=identity_digest(identity),
+        versions=origin.versions,
+        base=origin.base,
+        adapters=origin.adapters,
+        options=origin.options,
+        config_edits=json.loads(json.dumps(dict(binding.config_edits))),
+        excluded=binding.excluded,
+        findings=tuple(
+            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
+            for f in plan.findings
+        ),
+        artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in artifacts),
+        tensors={tensor.spec.name: _tensor(tensor, facts.get(tensor.spec.name)) for tensor in changed},
+        n_untouched=sum(tensor.treatment is Treatment.UNTOUCHED for tensor in plan.tensors),
+        cost=RecordedCost(**cost),
+    )
+
+
+def compose_origin(plan: MergePlan, identity: Mapping[str, Any]) -> RecordedOrigin:
+    """Say what is merged and how, and where it lies."""
+    binding = plan.binding
+    weights = binding.options.weights or (1.0,) * len(binding.adapters)
+    return RecordedOrigin(
         versions=versions(),
         base=RecordedBase(
             name=binding.checkpoint.ref.name,
@@ -58,16 +80,6 @@ def compose_record(
             "bind": identity["bind_options"],
             "merge": identity["merge_options"],
         },
-        config_edits=json.loads(json.dumps(dict(binding.config_edits))),
-        excluded=binding.excluded,
-        findings=tuple(
-            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
-            for f in plan.findings
-        ),
-        artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in artifacts),
-        tensors={tensor.spec.name: _tensor(tensor, facts.get(tensor.spec.name)) for tensor in changed},
-        n_untouched=sum(tensor.treatment is Treatment.UNTOUCHED for tensor in plan.tensors),
-        cost=RecordedCost(**cost),
     )
 
 

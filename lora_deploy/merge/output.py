@@ -89,7 +89,7 @@ def _lock(partial: Path) -> int:
     while True:
         is_ours = not partial.is_symlink() and (work.is_dir() or (partial.is_dir() and not any(partial.iterdir())))
         if os.path.lexists(partial) and not is_ours:
-            raise OutputExistsError(f"{partial}: exists and is no unfinished merge of ours", hint="choose another -o")
+            raise OutputExistsError(f"{partial}: exists and is no unfinished work of ours", hint="choose another -o")
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock = os.open(work / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -99,13 +99,14 @@ def _lock(partial: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
-            raise OutputExistsError(f"{partial}: another process is merging there", hint="wait for it") from error
-        if _is_same_file(lock, work / _LOCK_NAME):
+            raise OutputExistsError(f"{partial}: another process is at work there", hint="wait for it") from error
+        if is_same_file(lock, work / _LOCK_NAME):
             return lock
         os.close(lock)  # the process that held it has put its folder in place meanwhile
 
 
-def _is_same_file(descriptor: int, path: Path) -> bool:
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that has this name now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

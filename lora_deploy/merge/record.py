@@ -61,6 +61,16 @@ class RecordedAdapter(_Frozen):
     weight: float
 
 
+class RecordedOrigin(_Frozen):
+    """What was merged and how, as far as it takes to plan the same merge again: a part of ``MergeRecord``."""
+
+    versions: dict[str, str]
+    base: RecordedBase
+    adapters: tuple[RecordedAdapter, ...]
+    options: dict[str, Any]
+    """``read``, ``bind`` and ``merge`` options that decide the bytes."""
+
+
 class RecordedUpdate(_Frozen):
     """One update of a tensor."""
 

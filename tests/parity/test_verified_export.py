@@ -7,8 +7,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
+from lora_deploy.errors import InputError, RecipeError
 from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.latency import LatencyReport
 from lora_deploy.evidence.options import VerifyOptions
@@ -18,6 +20,7 @@ from lora_deploy.evidence.replay import ReplayReport
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.binding_table import BindingTable
 from lora_deploy.pipeline import verify
+from lora_deploy.validate import BindOptions
 from tests.parity.exports import Case, prepare
 from tests.peer.models import bert, llama
 
@@ -99,3 +102,78 @@ def test_an_export_of_other_weights_is_not_this_merges(decoder: Case, tmp_path: 
     assert isinstance(report, ReplayReport)
     assert report.verdict is Verdict.FAIL
     assert all(entry.outcome is Outcome.WRONG_GRAPH for entry in report.faults)
+
+
+# ------------------------------------------------------------------------------------- straight from adapter and base
+
+
+def straight(case: Case, folder: Path) -> Path:
+    shutil.copytree(case.straight.root, folder)
+    return folder
+
+
+def test_a_direct_export_is_proven_from_its_own_record(decoder: Case, tmp_path: Path) -> None:
+    folder = straight(decoder, tmp_path / "straight")
+    found = checked(folder)
+    assert isinstance(found.replay, ReplayReport)
+    assert found.replay.verdict is Verdict.PASS, found.replay.faults
+    assert found.replay.counts[Outcome.EXACT] > 10
+    assert isinstance(found.parity, ParityReport)
+    assert found.parity.verdict is Verdict.PASS, found.parity.reason
+    assert {subject.name.partition(" ")[0] for subject in found.parity.subjects} == {"onnx"}
+    assert isinstance(found.latency, LatencyReport)
+    assert found.latency.proof.is_equal, found.latency.proof.reason
+    assert (folder / "evidence.json").is_file()
+
+
+def test_a_direct_export_that_was_changed_is_found(decoder: Case, tmp_path: Path) -> None:
+    folder = straight(decoder, tmp_path / "straight")
+    path = folder / "prefill.onnx.data"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    report = checked(folder, Check.REPLAY).replay
+    assert isinstance(report, ReplayReport)
+    assert report.verdict is Verdict.FAIL
+    assert [entry.outcome for entry in report.faults] == [Outcome.WRONG_GRAPH, Outcome.WRONG_CONFIG]
+
+
+def test_an_export_of_the_base_with_the_record_of_a_merge_fails(decoder: Case, tmp_path: Path) -> None:
+    folder = straight(decoder, tmp_path / "straight")
+    shutil.copy(decoder.base_export.root / "prefill.onnx.data", folder / "prefill.onnx.data")
+    found = checked(folder, Check.REPLAY, Check.PARITY)
+    assert isinstance(found.replay, ReplayReport)
+    assert found.replay.verdict is Verdict.FAIL
+    assert isinstance(found.parity, ParityReport)
+    assert found.parity.verdict is Verdict.FAIL
+
+
+def test_inputs_of_a_direct_export_may_lie_elsewhere_but_must_be_the_same(decoder: Case, tmp_path: Path) -> None:
+    folder = straight(decoder, tmp_path / "straight")
+    record = folder / "export.json"
+    moved = {name: tmp_path / name for name in ("base", "adapter")}
+    shutil.copytree(decoder.trained.base, moved["base"])
+    shutil.copytree(decoder.trained.adapter, moved["adapter"])
+    for name in moved:
+        record.write_text(
+            record.read_text().replace(str(getattr(decoder.trained, name)), str(tmp_path / "gone" / name))
+        )
+    options = VerifyOptions(only=(Check.REPLAY,))
+    with pytest.raises(InputError):
+        verify(folder, options=options)
+    found = verify(folder, adapters=moved["adapter"], base=moved["base"], options=options)
+    assert found.replay.to_json()["verdict"] == "pass"
+    other = next(moved["adapter"].glob("*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(other).items()}, other)
+    with pytest.raises(InputError, match="not the adapter that was merged"):
+        verify(folder, adapters=moved["adapter"], base=moved["base"], options=options)
+    with pytest.raises(RecipeError, match=r"its export.json says with which options"):
+        verify(folder, adapters=moved["adapter"], bind_options=BindOptions(weights=(2.0,)), options=options)
+
+
+def test_the_graphs_of_a_merged_folder_are_verified_with_it(decoder: Case) -> None:
+    with pytest.raises(RecipeError, match=r"has no merge.json") as caught:
+        verify(decoder.exported.root)
+    assert "verify the merged folder" in str(caught.value.hint)

@@ -32,6 +32,7 @@ OPTIONS = {
         "--only",
         "--skip",
         "--probes",
+        "--layerwise",
         "--provider",
         "--latency-bound",
         "--seconds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -196,23 +197,89 @@ def test_constants_are_in_the_graph_wherever_a_maker_kept_them(tmp_path: Path) -
     assert numpy_helper.to_array(stored["table"]).tobytes() == constant.numpy().tobytes()
 
 
-def test_two_that_make_the_same_graph_at_once_both_get_it(tmp_path: Path) -> None:
-    plan = planned(checkpoint(tmp_path / "m"))
-    barrier = threading.Barrier(2)
+class Heard:
+    """A progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        self.has_waited = threading.Event()
+
+    def start(self, label: str, n_bytes: int) -> None:
+        self.labels.append(label)
+        if label.startswith("waiting"):
+            self.has_waited.set()
+
+    def advance(self, n_bytes: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def test_of_two_that_want_the_same_graph_the_second_waits_for_the_first(tmp_path: Path) -> None:
+    plan, heard = planned(checkpoint(tmp_path / "m")), Heard()
+    n_drawn = []
 
     def draw(tensors: Mapping[str, Tensor]) -> Any:
-        barrier.wait(timeout=30)
+        n_drawn.append(1)
+        assert heard.has_waited.wait(timeout=30)
         return plain(tensors)
 
-    plan = replace(plan, maker=HandMaker(draw))
-    results: list[Any] = []
-    threads = [threading.Thread(target=lambda: results.append(graph_of(plan.blueprint, plan.maker))) for _ in range(2)]
+    maker, results = HandMaker(draw), []
+    threads = [
+        threading.Thread(target=lambda: results.append(graph_of(plan.blueprint, maker, heard))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert [graphs.table for graphs in results] == [results[0].table] * 2
+    assert [graphs.was_cached for graphs in results] == [False, True]
+    assert results[0].table == results[1].table
+    assert len(n_drawn) == 2  # the two drawings of one making
+    assert heard.labels.count("waiting for another process that makes this graph") == 1
     assert [path.name for path in (cache_root() / "graphs").iterdir()] == [plan.blueprint.digest]
+
+
+def test_who_waited_for_a_making_that_failed_makes_it(tmp_path: Path) -> None:
+    plan, heard = planned(checkpoint(tmp_path / "m")), Heard()
+    begun, outcomes = threading.Event(), []
+
+    def draw(tensors: Mapping[str, Tensor]) -> Any:
+        if not begun.is_set():
+            begun.set()
+            assert heard.has_waited.wait(timeout=30)
+            raise ExportError("no")
+        return plain(tensors)
+
+    def make() -> None:
+        try:
+            outcomes.append(graph_of(plan.blueprint, HandMaker(draw), heard).was_cached)
+        except ExportError as error:
+            outcomes.append(error.message)
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(timeout=30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert outcomes == ["no", False]
+
+
+@pytest.mark.parametrize(
+    ("room", "code"), [({"free_disk_bytes": lambda _: 100}, "disk-space"), ({"available_bytes": lambda: 100}, "memory")]
+)
+def test_too_little_room_is_said_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: dict[str, Any], code: str
+) -> None:
+    CountingMaker.n_drawn = 0
+    for name, function in room.items():
+        monkeypatch.setattr(importlib.import_module("lora_deploy.export.room"), name, function)
+    plan = planned(checkpoint(tmp_path / "m"), CountingMaker())
+    with pytest.raises(ExportError, match=r"making the graph needs .* bytes of (disk|memory)") as caught:
+        graph_of(plan.blueprint, plan.maker)
+    assert (caught.value.code, CountingMaker.n_drawn) == (code, 0)
+    assert list((cache_root() / "graphs").iterdir()) == []
 
 
 def test_what_a_killed_process_left_in_the_cache_is_removed_and_what_one_works_on_stays(tmp_path: Path) -> None:
