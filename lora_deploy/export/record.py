@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import InputError
 from lora_deploy.merge.record import RecordedFile, RecordedFinding
+from lora_deploy.tensors import DType
 
 RECORD_NAME = "export.json"
 SCHEMA: Literal[1] = 1
@@ -47,6 +48,53 @@ class RecordedGraph(_Frozen):
     outputs: tuple[RecordedPort, ...]
 
 
+class RecordedInputs(_Frozen):
+    """The inputs through which adapters change one matrix: A (in, r) and B (r, out), of rank 0 by default."""
+
+    down: str
+    """Name of A."""
+    up: str
+    """Name of B; the scale is part of its values."""
+    n_in: int
+    n_out: int
+    is_turned: bool
+    """Whether the checkpoint stores the matrix (out, in), as linear layers do."""
+    dtype: DType
+    """Format of both."""
+    rank: int | None = None
+    """The one that the graph is made for; None: any."""
+
+
+class RecordedFactors(_Frozen):
+    """What an adapter gives for one matrix."""
+
+    rank: int
+    scales: tuple[float, ...]
+    """One for each update of the matrix, usually one; they are part of B's values."""
+
+
+class RecordedAdapter(_Frozen):
+    """An adapter that can be switched on."""
+
+    file: str
+    sha256: str
+    """Of the adapter that was read."""
+    config_sha256: str | None
+    factors: dict[str, RecordedFactors]
+    """By tensor name."""
+
+
+class RecordedMultiLora(_Frozen):
+    """What can be exchanged at run time."""
+
+    digest: str
+    """Of everything but the adapters."""
+    inputs: dict[str, RecordedInputs]
+    """By the checkpoint tensor that is changed."""
+    adapters: dict[str, RecordedAdapter]
+    """By name."""
+
+
 class ExportRecord(_Frozen):
     """Our part of the record."""
 
@@ -71,6 +119,8 @@ class ExportRecord(_Frozen):
     findings: tuple[RecordedFinding, ...]
     artifacts: tuple[RecordedFile, ...]
     """Every file of the export but this one."""
+    multi_lora: RecordedMultiLora | None = None
+    """Of graphs with inputs for adapters."""
 
 
 def compose(record: ExportRecord, components: dict[str, Any]) -> str:

@@ -67,14 +67,21 @@ def misfit_message(adapters: Sequence[Adapter], checkpoint: Checkpoint, findings
     base = checkpoint.ref.name + (f"@{checkpoint.ref.revision[:7]}" if checkpoint.ref.revision else "")
     counts = _count(n_errors, "error") + (f", {_count(n_warnings, 'warning')}" if n_warnings else "")
     lines = [f"{_kind(adapters)} {who} {_verb(adapters)} not fit base {base}: {counts}"]
-    width = max((len(f.code) for f in listed[:_MAX_LINES]), default=0)
-    for finding in listed[:_MAX_LINES]:
+    return "\n".join([*lines, *lines_of(listed)])
+
+
+def lines_of(findings: Sequence[Finding]) -> list[str]:
+    """Format findings: one line each, the adapter's keys on a second; a long list is cut."""
+    shown = findings[:_MAX_LINES]
+    width = max((len(f.code) for f in shown), default=0)
+    lines = []
+    for finding in shown:
         lines.append(f"  {finding.severity.value:5} {finding.code:{width}}  {finding.target}: {finding.message}")
         if finding.source:
             lines.append(f"  {'':5} {'':{width}}  from {finding.source}")
-    if len(listed) > _MAX_LINES:
-        lines.append(f"  … and {len(listed) - _MAX_LINES} more (--json lists all)")
-    return "\n".join(lines)
+    if len(findings) > _MAX_LINES:
+        lines.append(f"  … and {len(findings) - _MAX_LINES} more (--json lists all)")
+    return lines
 
 
 def short_keys(keys: Sequence[str]) -> str:
