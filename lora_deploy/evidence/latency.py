@@ -79,6 +79,8 @@ class LatencyReport:
     """One, or two where it had to be repeated."""
     costs: Mapping[str, LoadCost] = field(default_factory=dict)
     """Loading time and peak memory, each in a process of its own."""
+    why_no_contrast: str = ""
+    """Why the unmerged graph was not measured beside; empty where it was, or nobody asked for it."""
     options: LatencyOptions = LatencyOptions()
     workload: str = ""
     seconds: float = 0.0
@@ -117,6 +119,7 @@ class LatencyReport:
                 for side in (MERGED, AGAIN, CONTRAST)
             },
             "measurements": [_measurement_to_json(found) for found in self.measurements],
+            "why_no_contrast": self.why_no_contrast,
             "costs": {side: asdict(cost) for side, cost in self.costs.items()},
             "seconds": self.seconds,
             "versions": versions(),

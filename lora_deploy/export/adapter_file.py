@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_deploy.artifact import Artifact
 from lora_deploy.errors import ExportError, MalformedAdapterError
+from lora_deploy.export.drawn import onnx_type
 from lora_deploy.export.extras import require_onnxruntime
 from lora_deploy.merge.shard import bytes_of
 from lora_deploy.rounding import dtype_of
@@ -23,7 +24,6 @@ from lora_deploy.tensors import DType
 SUFFIX = ".onnx_adapter"
 _VERSION = 1
 """Of adapter and model, as the format wants to know; onnxruntime compares neither."""
-_ONNX_TYPES = {DType.F32: 1, DType.F16: 10, DType.BF16: 16}
 _NUMPY_TYPES = {DType.F32: "float32", DType.F16: "float16", DType.BF16: "uint16"}
 
 
@@ -42,11 +42,12 @@ def write_adapter(path: Path, parameters: Mapping[str, Tensor]) -> Artifact:
         name: np.frombuffer(bytes_of(values), _NUMPY_TYPES[dtype_of(values)]).reshape(tuple(values.shape))
         for name, values in sorted(parameters.items())
     }
+    kinds = {name: int(onnx_type(dtype_of(values))) for name, values in parameters.items()}
     make = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type
     file = runtime.AdapterFormat()
     file.set_adapter_version(_VERSION)
     file.set_model_version(_VERSION)
-    file.set_parameters({name: make(array, _ONNX_TYPES[dtype_of(parameters[name])]) for name, array in arrays.items()})
+    file.set_parameters({name: make(array, kinds[name]) for name, array in arrays.items()})
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".adapter-") as folder:
         made = Path(folder) / path.name
         try:

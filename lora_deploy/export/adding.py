@@ -22,6 +22,7 @@ from lora_deploy.export.multi_lora import NamedAdapter, digest_with_adapters, re
 from lora_deploy.export.record import RECORD_NAME, ExportRecord, RecordedMultiLora, read_record
 from lora_deploy.merge.record import RecordedFile
 from lora_deploy.safetensors_file import write_file
+from lora_deploy.validate.findings import title
 
 
 def multi_lora_of(folder: Path) -> tuple[ExportRecord, RecordedMultiLora]:
@@ -56,7 +57,7 @@ def add_adapters(
         for adapter in adapters:
             found = list(misfits(adapter.binding.updates, multi_lora.inputs))
             if found:
-                raise misfit(adapter.name, folder, found)
+                raise misfit(title(adapter.binding.adapters[0]), folder, found)
         new = [adapter for adapter in adapters if not _is_there(folder, record, multi_lora, adapter, fresh=fresh)]
         if not new:
             return Exported(root=folder, record=record, was_done=True)

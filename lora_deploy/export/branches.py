@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_deploy.export.drawn import onnx_type
 from lora_deploy.export.extras import require_onnx_ir
 from lora_deploy.export.products import Factor, Product
 from lora_deploy.tensors import DType
-
-_ONNX_TYPES = {DType.F32: "FLOAT", DType.F16: "FLOAT16", DType.BF16: "BFLOAT16"}
 
 Model = Any
 """An ``onnx_ir.Model``."""
@@ -44,7 +43,7 @@ def add_inputs(model: Model, factor: Factor) -> Pair:
 
 
 def add_constants(model: Model, down: Any, up: Any) -> Pair:  # noqa: ANN401 - two onnx_ir tensors
-    """Add A and B as weights of the graph."""
+    """Add A and B as weights of the graph, under their own names."""
     return _initializer(model, down.name, down, down.shape), _initializer(model, up.name, up, up.shape)
 
 
@@ -101,7 +100,7 @@ def _nothing(model: Model, factor: Factor) -> Pair:
 
 def _empty(name: str, shape: tuple[int, int], dtype: DType) -> Any:  # noqa: ANN401
     ir = require_onnx_ir()
-    kind = ir.DataType[_ONNX_TYPES[dtype]]
+    kind = onnx_type(dtype)
     return ir.Tensor(np.empty(shape, kind.numpy()), dtype=kind, shape=ir.Shape(shape), name=name)
 
 

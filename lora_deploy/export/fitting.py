@@ -18,7 +18,7 @@ from lora_deploy.export.switchable import SwitchableGraph
 from lora_deploy.tensors import TensorSpec
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.validate import BindOptions, bind
-from lora_deploy.validate.findings import lines_of
+from lora_deploy.validate.findings import lines_of, title
 
 _NOT_PLAIN = "found a {} update, expected plain low-rank factors"
 _NO_INPUT = "the graphs have no inputs for it"
@@ -54,8 +54,8 @@ def check_fit(adapter: Adapter, graph: SwitchableGraph, options: BindOptions | N
         findings += [*changes_of_structure(binding), *no_factors(binding), *misfits(binding.updates, graph.ports)]
         ranks = {name: ranks_of(entries) for name, entries in binding.updates.items()}
     if findings:
-        raise misfit(adapter.name, graph.path, findings)
-    return Fit(adapter=adapter.name, n_ports=len(graph.ports), ranks=ranks)
+        raise misfit(title(adapter), graph.path, findings)
+    return Fit(adapter=title(adapter), n_ports=len(graph.ports), ranks=ranks)
 
 
 def check_file(file: Path, graph: SwitchableGraph) -> Fit:
@@ -82,8 +82,8 @@ def check_file(file: Path, graph: SwitchableGraph) -> Fit:
         else:
             ranks[tensor] = down[-1]
     if findings:
-        raise misfit(file.name, graph.path, findings)
-    return Fit(adapter=file.name, n_ports=len(graph.ports), ranks=ranks)
+        raise misfit(str(file), graph.path, findings)
+    return Fit(adapter=str(file), n_ports=len(graph.ports), ranks=ranks)
 
 
 def misfits(updates: Mapping[str, Sequence[ModuleUpdate]], ports: Mapping[str, RecordedInputs]) -> Iterator[Finding]:
@@ -91,7 +91,7 @@ def misfits(updates: Mapping[str, Sequence[ModuleUpdate]], ports: Mapping[str, R
     for name, entries in updates.items():
         port = ports.get(name)
         if port is None:
-            yield _error("no-input", name, _NO_INPUT + _nearest(name, ports))
+            yield _error("no-input", name, _NO_INPUT)
         elif port.rank is not None and port.rank != ranks_of(entries):
             yield _error(
                 "rank-mismatch", name, f"adapter has rank {ranks_of(entries)}, the graph's is {port.rank}, fixed"

@@ -27,7 +27,7 @@ from lora_deploy.export.extras import require_onnx_ir
 from lora_deploy.export.factors import changes_of_structure, factors_of, no_factors, ranks_of, scales_of
 from lora_deploy.export.graphs import GraphSet, graph_of, recorded_graph
 from lora_deploy.export.plan import ExportPlan
-from lora_deploy.export.products import Factor, Products, products_of
+from lora_deploy.export.products import Factor, Products, agreed, products_of
 from lora_deploy.export.record import (
     ExportRecord,
     RecordedAdapter,
@@ -199,13 +199,7 @@ def with_inputs(plan: MultiLoraPlan, graphs: GraphSet) -> tuple[Shared, dict[str
 
 def _chosen(plan: MultiLoraPlan, products: Mapping[str, Products]) -> dict[str, Factor]:
     """The matrices that get inputs, in the order of the checkpoint."""
-    obstacles = {name: text for found in products.values() for name, text in found.obstacles.items()}
-    known: dict[str, Factor] = {}
-    for found in products.values():
-        for name, factor in found.factors.items():
-            if known.setdefault(name, factor) != factor:
-                obstacles[name] = "two graphs multiply by it in two layouts or formats"
-    possible = {name: factor for name, factor in known.items() if name not in obstacles}
+    possible, obstacles = agreed(products.values())
     wanted = {name for adapter in plan.adapters for name in adapter.binding.updates}
     problems = {
         adapter.name: [_no_product(name, obstacles) for name in adapter.binding.updates if name not in possible]

@@ -6,8 +6,7 @@ node that reads a weight is looked at; what is no such product is an obstacle th
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,11 +50,17 @@ class Products:
     obstacles: Mapping[str, str]
     """By tensor, what else reads it: beside that no update can be computed."""
 
-    @property
-    def factors(self) -> dict[str, Factor]:
-        """Tensors that are multiplied by, and nothing else."""
-        factors = {factor.tensor: factor for product in self.found for factor in product.factors}
-        return {name: factor for name, factor in factors.items() if name not in self.obstacles}
+
+def agreed(products: Iterable[Products]) -> tuple[dict[str, Factor], dict[str, str]]:
+    """Tensors that graphs multiply by in one way and use in no other; and of the others, what is in the way."""
+    factors: dict[str, Factor] = {}
+    obstacles: dict[str, str] = {}
+    for graph in products:
+        obstacles.update(graph.obstacles)
+        for factor in (factor for product in graph.found for factor in product.factors):
+            if factors.setdefault(factor.tensor, factor) != factor:
+                obstacles.setdefault(factor.tensor, "it is multiplied by in two layouts or formats")
+    return {name: factor for name, factor in factors.items() if name not in obstacles}, obstacles
 
 
 def products_of(
@@ -67,7 +72,6 @@ def products_of(
     """Look at every node that reads a weight; ``specs`` are the checkpoint's tensors."""
     found: list[Product] = []
     obstacles: dict[str, str] = {}
-    seen: dict[str, set[Factor]] = defaultdict(set)
     values = initializers(model)
     for name, position in component.slots.items():
         slot = table.slots[position]
@@ -76,13 +80,8 @@ def products_of(
             product = _product(node, index, slot.origin, DType(slot.dtype), specs, is_turned=is_turned)
             if isinstance(product, str):
                 obstacles.update(dict.fromkeys(names, f"{component.file}: {product}"))
-                continue
-            found.append(product)
-            for factor in product.factors:
-                seen[factor.tensor].add(factor)
-    for name, factors in seen.items():
-        if len(factors) > 1:
-            obstacles.setdefault(name, f"{component.file}: it is multiplied by in two layouts or formats")
+            else:
+                found.append(product)
     return Products(found=tuple(found), obstacles=obstacles)
 
 

@@ -63,7 +63,7 @@ def misfit_message(adapters: Sequence[Adapter], checkpoint: Checkpoint, findings
     listed = sorted((f for f in findings if f.severity is not Severity.NOTE), key=lambda f: f.severity.value)
     n_errors = sum(f.severity is Severity.ERROR for f in listed)
     n_warnings = len(listed) - n_errors
-    who = ", ".join(f"{_folder(adapter)} ({adapter.format})" for adapter in adapters)
+    who = ", ".join(map(title, adapters))
     base = checkpoint.ref.name + (f"@{checkpoint.ref.revision[:7]}" if checkpoint.ref.revision else "")
     counts = _count(n_errors, "error") + (f", {_count(n_warnings, 'warning')}" if n_warnings else "")
     lines = [f"{_kind(adapters)} {who} {_verb(adapters)} not fit base {base}: {counts}"]
@@ -102,8 +102,10 @@ def _n_common(texts: Sequence[str]) -> int:
     return next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _folder(adapter: Adapter) -> str:
-    return str(adapter.path.parent if adapter.path.stem in {"adapter_model", "adapters"} else adapter.path)
+def title(adapter: Adapter) -> str:
+    """Name an adapter as the user knows it: where it lies, and its format."""
+    path = adapter.path.parent if adapter.path.stem in {"adapter_model", "adapters"} else adapter.path
+    return f"{path} ({adapter.format})"
 
 
 def _kind(adapters: Sequence[Adapter]) -> str:

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from peft import LoraConfig
 from transformers import BertForSequenceClassification
 
 from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.graphs import GraphFolder, find_graphs
 from lora_deploy.evidence.latency import LatencyReport
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.outcome import Outcome
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.replay import ReplayReport
+from lora_deploy.evidence.unmerged_graph import unmerged_graph
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.binding_table import BindingTable
-from lora_deploy.pipeline import verify
-from tests.parity.exports import Case, prepare
+from lora_deploy.merge.options import MergeOptions
+from lora_deploy.pipeline import plan, verify
+from tests.parity.exports import Case, assert_close, contents, prepare, run, tokens
 from tests.peer.models import bert, llama
+from tests.peer.trained import train
 
 pytestmark = [pytest.mark.slow]
 
@@ -41,6 +47,52 @@ def checked(folder: Path, *only: Check) -> Evidence:
     return verify(folder, options=VerifyOptions(only=only, seconds=3))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "graphs"), [("decoder", ("prefill", "decode")), ("classifier", ("model", "model"))])
+def test_the_contrast_is_the_unmerged_model(name: str, graphs: tuple[str, str], request: pytest.FixtureRequest) -> None:
+    """What latency is measured beside does what PEFT's unmerged model does, prefill and decode."""
+    case = request.getfixturevalue(name)
+    planned = plan(case.trained.adapter, base=case.trained.base, merge_options=MergeOptions(dtype="float32"))
+    base = find_graphs(case.base_export.root if name == "decoder" else case.straight.root)
+    assert base is not None
+    before = contents(base.root)
+    batch = tokens(2, 9)
+    positions = {"position_ids": torch.arange(9).expand(2, 9)} if name == "decoder" else {}
+    extra = {"token_type_ids": torch.zeros_like(batch["input_ids"])} if name == "classifier" else positions
+    with unmerged_graph(planned, base) as unmerged:
+        assert isinstance(unmerged, GraphFolder), unmerged
+        assert [path.stem for path in (unmerged.prefill, unmerged.decode)] == [*graphs]
+        found = run(unmerged.prefill, {**batch, **extra})
+        if name == "decoder":
+            more = {"input_ids": batch["input_ids"][:, :1], "attention_mask": torch.ones(2, 10, dtype=torch.int64)}
+            more |= {"position_ids": torch.full((2, 1), 9), **found}
+            longer = run(unmerged.decode, more)["logits"][:, 0]
+            ids = torch.cat([batch["input_ids"], batch["input_ids"][:, :1]], dim=1)
+            assert_close(longer, case.trained.output({"input_ids": ids})[:, 9].float(), tolerance=5e-5)
+    assert_close(found["logits"], case.trained.output({**batch, **extra}).float(), tolerance=5e-5)
+    assert contents(base.root) == before, "its weights are links to the base's"
+
+
+def test_no_contrast_where_the_adapter_is_more_than_factors(classifier: Case, tmp_path: Path) -> None:
+    planned = plan(classifier.trained.adapter, base=classifier.trained.base)
+    base = find_graphs(classifier.straight.root)
+    assert base is not None
+    dora = LoraConfig(r=2, target_modules=["query"], use_dora=True, modules_to_save=["dense"], init_lora_weights=False)
+    model = bert(BertForSequenceClassification, num_labels=3)
+    trained = train(model, dora, tmp_path / "dora")
+    with unmerged_graph(plan(trained.adapter, base=trained.base), base) as reason:
+        assert isinstance(reason, str)
+        assert "found a dora update, expected plain low-rank factors" in reason
+        assert "and " in reason
+    (tmp_path / "elsewhere").mkdir()
+    for file in ("model.onnx", "config.json"):
+        shutil.copy(base.root / file, tmp_path / "elsewhere" / file)
+    elsewhere = find_graphs(tmp_path / "elsewhere")
+    assert elsewhere is not None
+    with unmerged_graph(planned, elsewhere) as reason:
+        assert "nothing says where its weights come from" in str(reason)
+
+
 def damaged(case: Case, folder: Path) -> Path:
     shutil.copytree(case.merged, folder)
     return folder
@@ -60,6 +112,9 @@ def test_weights_outputs_and_graphs_of_an_export_are_proven(name: str, request: 
     assert isinstance(found.latency, LatencyReport)
     assert found.latency.proof.is_equal, found.latency.proof.reason
     assert found.latency.verdict is not Verdict.INCONCLUSIVE
+    assert found.latency.why_no_contrast == ""
+    assert set(found.latency.to_json()["ratios"]["unmerged"]["cpu"]) <= {"prefill", "decode", "forward"}
+    assert all("unmerged" in pair.medians for pair in found.latency.measurements[-1].pairs)
 
 
 def test_a_changed_byte_of_the_graphs_weights_is_found(decoder: Case, tmp_path: Path) -> None:
