@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 
 from lora_deploy.adapter import Adapter, ModuleUpdate
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef
-from lora_deploy.errors import Finding, IncompatibleAdapterError, Severity
+from lora_deploy.errors import Finding, IncompatibleAdapterError, RecipeError, Severity
 from lora_deploy.export.adapter_file import read_ports
 from lora_deploy.export.factors import changes_of_structure, no_factors, ranks_of
 from lora_deploy.export.record import RecordedInputs
 from lora_deploy.export.switchable import SwitchableGraph
 from lora_deploy.tensors import TensorSpec
 from lora_deploy.updates.low_rank import LowRank
-from lora_deploy.validate import BindOptions, bind
+from lora_deploy.validate import Binding, BindOptions, bind
 from lora_deploy.validate.findings import lines_of, title
 
 _NOT_PLAIN = "found a {} update, expected plain low-rank factors"
@@ -50,6 +51,8 @@ def check_fit(adapter: Adapter, graph: SwitchableGraph, options: BindOptions | N
         binding = bind([plain], checkpoint, options)
     except IncompatibleAdapterError as error:
         findings += [_in_graphs_words(found) for found in error.findings if found.severity is Severity.ERROR]
+        for binding in _bound_alone(plain, checkpoint, options):
+            findings += misfits(binding.updates, graph.ports)
     else:
         findings += [*changes_of_structure(binding), *no_factors(binding), *misfits(binding.updates, graph.ports)]
         ranks = {name: ranks_of(entries) for name, entries in binding.updates.items()}
@@ -93,9 +96,8 @@ def misfits(updates: Mapping[str, Sequence[ModuleUpdate]], ports: Mapping[str, R
         if port is None:
             yield _error("no-input", name, _NO_INPUT)
         elif port.rank is not None and port.rank != ranks_of(entries):
-            yield _error(
-                "rank-mismatch", name, f"adapter has rank {ranks_of(entries)}, the graph's is {port.rank}, fixed"
-            )
+            found = f"adapter has rank {ranks_of(entries)}, the graph is made for {port.rank} and no other"
+            yield _error("rank-mismatch", name, found)
 
 
 def misfit(adapter: str, graph: Path, findings: Sequence[Finding]) -> IncompatibleAdapterError:
@@ -105,6 +107,13 @@ def misfit(adapter: str, graph: Path, findings: Sequence[Finding]) -> Incompatib
     is_missing = any(finding.code == "no-input" for finding in findings)
     hint = "export again with --targets all-linear, so that these matrices have inputs" if is_missing else None
     return IncompatibleAdapterError(message, findings=tuple(findings), hint=hint)
+
+
+def _bound_alone(adapter: Adapter, checkpoint: Checkpoint, options: BindOptions | None) -> Iterator[Binding]:
+    """Bind every update by itself; those that do not fit were listed before."""
+    for entry in adapter.updates:
+        with suppress(IncompatibleAdapterError, RecipeError):
+            yield bind([replace(adapter, updates=(entry,))], checkpoint, options)
 
 
 def _kind(entry: ModuleUpdate) -> str:
@@ -119,10 +128,9 @@ def _misfits_of_parameter(name: str, dtype: str, shape: tuple[int, ...], graph: 
     wanted, sizes = found
     if dtype != wanted:
         yield _error("dtype-mismatch", name, f"file has {dtype}, graph takes {wanted}")
-    fixed = [size for size in sizes if isinstance(size, int) and size]
     if len(shape) != len(sizes) or any(isinstance(w, int) and w != f for f, w in zip(shape, sizes, strict=True)):
-        is_rank = len(fixed) == len(sizes) == len(shape) == 2
-        why = ": its rank is fixed" if is_rank else ""
+        is_fixed = all(isinstance(size, int) for size in sizes)
+        why = ": its rank is fixed" if is_fixed else ""
         yield _error("shape-mismatch", name, f"file has {list(shape)}, graph takes {list(sizes)}{why}")
 
 
@@ -148,7 +156,7 @@ def _as_checkpoint(graph: SwitchableGraph) -> Checkpoint:
         specs[name] = TensorSpec(name=name, dtype=port.dtype, shape=shape, file="", start=start, stop=start + n_bytes)
         start += n_bytes
     ref = CheckpointRef(name=str(graph.path))
-    return Checkpoint(root=graph.path, ref=ref, config=graph.config, tensors=specs, data_starts={})
+    return Checkpoint(root=graph.folder, ref=ref, config=graph.config, tensors=specs, data_starts={})
 
 
 def _error(code: str, target: str, message: str) -> Finding:

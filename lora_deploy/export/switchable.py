@@ -44,6 +44,11 @@ class SwitchableGraph:
     inputs: Inputs
     """Those with a default that every graph has."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the graphs lie."""
+        return _folder(self.path)
+
 
 def open_switchable(path: Path) -> SwitchableGraph:
     """Read the LoRA inputs of a graph file, or of all graphs in a folder.
@@ -52,7 +57,7 @@ def open_switchable(path: Path) -> SwitchableGraph:
         InputError: There is no graph, or none of its inputs is one for adapters.
         ExportError: The package onnx is missing.
     """
-    folder = path if path.is_dir() else path.parent
+    folder = _folder(path)
     files = sorted(path.glob("*.onnx")) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path}: holds no ONNX graph", hint="expected a folder of lora-deploy export, or a file")
@@ -68,6 +73,10 @@ def open_switchable(path: Path) -> SwitchableGraph:
     if (folder / RECORD_NAME).is_file() and (recorded := read_record(folder).multi_lora) is not None:
         ports = recorded.inputs
     return SwitchableGraph(path=path, config=config, ports=ports, inputs=inputs)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _overridable(file: Path) -> dict[str, tuple[str, tuple[int | str, ...]]]:
