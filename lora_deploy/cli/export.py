@@ -194,7 +194,7 @@ def _export_many(screen: Screen, output: Path, choices: Mapping[str, Any]) -> No
     )
     if choices["dry_run"]:
         _show_plan(screen, plan.export, output)
-        screen.fields((adapter.file, f"{len(adapter.binding.updates)} matrices") for adapter in plan.adapters)
+        screen.fields((adapter.file, f"matrices: {len(adapter.binding.updates)}") for adapter in plan.adapters)
         return
     _show(screen, pipeline.execute_multi_lora(plan, output, progress=screen.progress()))
 
@@ -280,7 +280,7 @@ def _show(screen: Screen, exported: Exported) -> None:
     if record.options["storage"] == "shared":
         rows.append(("shared", f"{100 * record.shared_share:.1f} % of the weights' bytes"))
     if record.multi_lora is not None:
-        rows.append(("inputs", f"for {len(record.multi_lora.inputs)} matrices, of any rank"))
+        rows.append(("inputs", f"of any rank, matrices: {len(record.multi_lora.inputs)}"))
         rows += [(name, _adapter_row(adapter)) for name, adapter in record.multi_lora.adapters.items()]
     screen.fields(rows)
     screen.findings(
@@ -290,4 +290,4 @@ def _show(screen: Screen, exported: Exported) -> None:
 
 def _adapter_row(adapter: RecordedAdapter) -> str:
     ranks = sorted({factors.rank for factors in adapter.factors.values()})
-    return f"{adapter.file}: {len(adapter.factors)} matrices, rank {', '.join(map(str, ranks))}"
+    return f"{adapter.file}: rank {', '.join(map(str, ranks))}, matrices: {len(adapter.factors)}"

@@ -82,7 +82,7 @@ def _check_graph(screen: Screen, adapters: tuple[str, ...], graph: Path, choices
     screen.publish({"graph": graph, "adapters": fits})
     for fit in fits:
         ranks = ", ".join(map(str, sorted(set(fit.ranks.values()))))
-        screen.line(f"{fit.adapter} fits {graph}: {len(fit.ranks)} of {fit.n_ports} matrices, rank {ranks}")
+        screen.line(f"{fit.adapter} fits {graph}: rank {ranks}, {len(fit.ranks)} of {fit.n_ports} matrices")
 
 
 def document(binding: Binding, files: tuple[Artifact, ...]) -> dict[str, object]:

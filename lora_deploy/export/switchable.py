@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import InputError
 from lora_deploy.export.canonical import load_graph
 from lora_deploy.export.extras import require_onnx
-from lora_deploy.export.record import RECORD_NAME, RecordedInputs, read_record
+from lora_deploy.export.record import RecordedInputs, read_record
 from lora_deploy.tensors import DType
 
 _INPUT = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.|$)")
@@ -70,8 +71,10 @@ def open_switchable(path: Path) -> SwitchableGraph:
             code="no-lora-inputs",
         )
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if (folder / RECORD_NAME).is_file() and (recorded := read_record(folder).multi_lora) is not None:
-        ports = recorded.inputs
+    with suppress(InputError):  # no record, or another tool's: the names say enough
+        recorded = read_record(folder).multi_lora
+        known = recorded.inputs if recorded is not None else ports
+        ports = {name: port for name, port in known.items() if {port.down, port.up} <= inputs.keys()}
     return SwitchableGraph(path=path, config=config, ports=ports, inputs=inputs)
 
 
@@ -79,12 +82,12 @@ def _folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _overridable(file: Path) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+def _overridable(file: Path) -> Inputs:
     """Inputs of a graph that have a default: format and shape by name."""
     onnx = require_onnx()
     graph = load_graph(file).graph
     defaults = {tensor.name for tensor in graph.initializer}
-    found = {}
+    found: dict[str, tuple[str, tuple[int | str, ...]]] = {}
     for value in graph.input:
         if value.name in defaults:
             kind = value.type.tensor_type
@@ -94,9 +97,7 @@ def _overridable(file: Path) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     return found
 
 
-def _shared(
-    graphs: Sequence[Inputs],
-) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+def _shared(graphs: Sequence[Inputs]) -> Inputs:
     """Inputs that every graph has: a file is given to all of them, and one that lacks a name refuses it."""
     return {name: found for name, found in graphs[0].items() if all(name in other for other in graphs)}
 
