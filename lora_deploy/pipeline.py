@@ -353,9 +353,12 @@ def answer_prompt(
     *,
     max_tokens: int = 128,
     is_raw: bool = False,
+    adapter: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Answer:
     """Let the graphs in a folder, or in its folder ``onnx``, answer; ``say`` hears the text as it comes.
+
+    ``adapter`` is one that the folder has under this name.
 
     Raises:
         InputError: There is no export.
@@ -364,7 +367,7 @@ def answer_prompt(
     root = Path(folder)
     inner = root / "onnx"
     root = inner if not (root / EXPORT_RECORD).is_file() and (inner / EXPORT_RECORD).is_file() else root
-    return answer(root, prompt, max_tokens=max_tokens, is_raw=is_raw, say=say)
+    return answer(root, prompt, max_tokens=max_tokens, is_raw=is_raw, adapter=adapter, say=say)
 
 
 def verify(  # noqa: PLR0913 - an option type a stage

@@ -59,8 +59,8 @@ def write_adapter(path: Path, parameters: Mapping[str, Tensor]) -> Artifact:
     return write_file(path, b"", [memoryview(content)], root=path.parent)
 
 
-def read_ports(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Read type (such as ``tensor(float)``) and shape of every parameter of a file, by name.
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a file's parameters by name, as values of onnxruntime.
 
     Raises:
         MalformedAdapterError: It is no such file.
@@ -68,12 +68,20 @@ def read_ports(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     runtime = require_onnxruntime()
     try:
-        parameters: Mapping[str, Any] = runtime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        return dict(runtime.AdapterFormat.read_adapter(str(path)).get_parameters())
     except Exception as error:  # onnxruntime's own errors have no common class
-        raise MalformedAdapterError(
-            f"{path}: is no adapter of onnxruntime: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise MalformedAdapterError(f"{path}: is no adapter of onnxruntime: {reason}") from error
+
+
+def read_ports(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Read type (such as ``tensor(float)``) and shape of every parameter of a file, by name.
+
+    Raises:
+        MalformedAdapterError: It is no such file.
+        ExportError: onnxruntime is missing.
+    """
     return {
         name: (str(value.data_type()), tuple(int(size) for size in value.shape()))
-        for name, value in sorted(parameters.items())
+        for name, value in sorted(read_values(path).items())
     }

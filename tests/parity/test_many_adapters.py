@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lora_deploy.errors import IncompatibleAdapterError, OutputExistsError
+from lora_deploy.errors import ExportError, IncompatibleAdapterError, OutputExistsError
 from lora_deploy.export.execute import Exported
+from lora_deploy.export.generate import _adapter_file, greedy_tokens
 from lora_deploy.export.options import ExportOptions
+from lora_deploy.export.record import read_record
 from lora_deploy.pipeline import add_to_export, check_graph_fit, execute_multi_lora, plan_of_multi_lora
 from tests.parity.exports import assert_close, contents, tokens
 from tests.peer.models import llama
@@ -237,6 +240,17 @@ def test_onnxruntime_genai_switches_adapters(many: Many) -> None:
         while not generator.is_done():
             generator.generate_next_token()
         assert list(map(int, generator.get_sequence(0))) == greedy(many, name, prompt, 17), name
+
+
+def test_try_hears_the_adapter_that_it_names(many: Many) -> None:
+    prompt = [7, 11, 23]
+    record = read_record(many.folder)
+    for name in (None, *CONFIGS):
+        file = many.folder / f"{name}.onnx_adapter" if name else None
+        found = list(islice(greedy_tokens(many.folder, record, prompt, 9, adapter=file), 6))
+        assert prompt + found == greedy(many, name, prompt, 9), name
+    with pytest.raises(ExportError, match="has no adapter nobody; it has all, queries, some"):
+        _adapter_file(many.folder, record, "nobody")
 
 
 def greedy(many: Many, adapter: str | None, prompt: Sequence[int], length: int) -> list[int]:
