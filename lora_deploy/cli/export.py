@@ -283,8 +283,10 @@ def _show(screen: Screen, exported: Exported) -> None:
         rows.append(("inputs", f"of any rank, matrices: {len(record.multi_lora.inputs)}"))
         rows += [(name, _adapter_row(adapter)) for name, adapter in record.multi_lora.adapters.items()]
     screen.fields(rows)
+    own = [] if record.multi_lora is None else [f for a in record.multi_lora.adapters.values() for f in a.findings]
     screen.findings(
-        Finding(code=f.code, severity=Severity(f.severity), target=f.target, message=f.message) for f in record.findings
+        Finding(code=f.code, severity=Severity(f.severity), target=f.target, message=f.message)
+        for f in (*record.findings, *own)
     )
 
 

@@ -18,13 +18,21 @@ from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError, OutputExistsError
 from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
 from lora_deploy.export.plan import ExportPlan
-from lora_deploy.export.record import RECORD_NAME, SCHEMA, ExportRecord, compose, digest_of, read_record
+from lora_deploy.export.record import (
+    RECORD_NAME,
+    SCHEMA,
+    ExportRecord,
+    compose,
+    digest_of,
+    read_record,
+    recorded_findings,
+)
 from lora_deploy.export.shared import Shared, share
 from lora_deploy.export.sources import CheckpointSource
 from lora_deploy.export.weights import write_weights
 from lora_deploy.merge.output import WORK_FOLDER, locked, publish, remove, tidy
 from lora_deploy.merge.progress import Progress
-from lora_deploy.merge.record import RecordedFile, RecordedFinding
+from lora_deploy.merge.record import RecordedFile
 from lora_deploy.safetensors_file import write_file
 
 
@@ -178,10 +186,7 @@ def record_of(
         binding_table=TABLE_NAME,
         shared_share=shared_share,
         versions=dict(graphs.versions),
-        findings=tuple(
-            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
-            for f in (*plan.findings, *graphs.findings)
-        ),
+        findings=recorded_findings((*plan.findings, *graphs.findings)),
         artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts)),
     )
 

@@ -35,6 +35,7 @@ from lora_deploy.export.record import (
     RecordedInputs,
     RecordedMultiLora,
     digest_of,
+    recorded_findings,
 )
 from lora_deploy.export.shared import Shared
 from lora_deploy.merge.progress import Progress
@@ -67,7 +68,11 @@ class NamedAdapter:
             for name, entries in sorted(self.binding.updates.items())
         }
         return RecordedAdapter(
-            file=self.file, sha256=adapter.sha256, config_sha256=adapter.config_sha256, factors=factors
+            file=self.file,
+            sha256=adapter.sha256,
+            config_sha256=adapter.config_sha256,
+            factors=factors,
+            findings=recorded_findings(self.binding.findings),
         )
 
     def write(self, folder: Path, inputs: Mapping[str, RecordedInputs]) -> Artifact:

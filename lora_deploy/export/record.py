@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import InputError
+from lora_deploy.errors import Finding, InputError
 from lora_deploy.merge.record import RecordedFile, RecordedFinding
 from lora_deploy.tensors import DType
 
@@ -26,6 +27,13 @@ _LOADERS_SCHEMA = 1
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def recorded_findings(findings: Iterable[Finding]) -> tuple[RecordedFinding, ...]:
+    """Findings as a record has them."""
+    return tuple(
+        RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message) for f in findings
+    )
 
 
 class RecordedPort(_Frozen):
@@ -82,6 +90,8 @@ class RecordedAdapter(_Frozen):
     config_sha256: str | None
     factors: dict[str, RecordedFactors]
     """By tensor name."""
+    findings: tuple[RecordedFinding, ...]
+    """What was noticed when it was bound to the base."""
 
 
 class RecordedMultiLora(_Frozen):

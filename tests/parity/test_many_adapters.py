@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from transformers.exporters import ExportedModel
 
 from lora_deploy.errors import ExportError, IncompatibleAdapterError, OutputExistsError
 from lora_deploy.export.execute import Exported
@@ -197,6 +198,23 @@ def test_what_has_no_inputs_is_listed_whole(many: Many, tmp_path: Path) -> None:
         }
 
 
+def test_what_needs_another_graph_is_refused_before_one_is_made(tmp_path: Path) -> None:
+    """A head that is untied, trained biases, and a module that is saved whole, all of it listed."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], modules_to_save=["norm"], bias="lora_only")
+    model = llama(tie_word_embeddings=True, attention_bias=True)
+    trained = train(model, config, tmp_path)
+    with pytest.raises(IncompatibleAdapterError) as caught:
+        plan_of_multi_lora(trained.adapter, base=trained.base)
+    found = {(finding.code, finding.target) for finding in caught.value.findings}
+    assert {
+        ("changes-config", "config.json"),
+        ("changes-structure", "lm_head.weight"),
+        ("kind-replacement", "model.layers.0.self_attn.q_proj.bias"),
+        ("kind-replacement", "model.norm.weight"),
+    } <= found
+    assert ("kind-replacement", "model.layers.0.self_attn.q_proj.weight") not in found
+
+
 @pytest.mark.parametrize("adapter", CONFIGS)
 def test_the_record_says_what_each_adapter_is(many: Many, adapter: str) -> None:
     record = json.loads((many.folder / "export.json").read_text())["lora_deploy"]
@@ -240,6 +258,13 @@ def test_onnxruntime_genai_switches_adapters(many: Many) -> None:
         while not generator.is_done():
             generator.generate_next_token()
         assert list(map(int, generator.get_sequence(0))) == greedy(many, name, prompt, 17), name
+
+
+@pytest.mark.parametrize("many", ["transformers"], indirect=True)
+def test_transformers_loads_the_base_of_it(many: Many) -> None:
+    inputs = batch(many)
+    runners = ExportedModel.from_pretrained(many.folder, device="cpu").runners
+    assert_close(runners["prefill"](**inputs).logits, many.expected(None, inputs).float())
 
 
 def test_try_hears_the_adapter_that_it_names(many: Many) -> None:
