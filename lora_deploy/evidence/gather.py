@@ -139,4 +139,4 @@ def _latency(graphs: _Graphs, plan: MergePlan, options: VerifyOptions, progress:
             contrast=contrast,
             progress=progress,
         )
-    return replace(report, why_no_contrast=unmerged if isinstance(unmerged, str) else "")
+    return replace(report, why_no_contrast=unmerged) if isinstance(unmerged, str) else report

@@ -113,20 +113,21 @@ def plan_multi_lora(export: ExportPlan, adapters: Sequence[NamedAdapter], target
         raise RecipeError(
             "--multi-lora: nothing says which matrices get inputs", hint="--adapter ADAPTER, or --targets all-linear"
         )
-    names = [adapter.name for adapter in adapters]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RecipeError(f"several adapters are called {twice[0]}", hint="name them: --adapter NAME=PATH")
     require_switchable(adapters)
     return MultiLoraPlan(export=export, adapters=tuple(adapters), targets=tuple(targets))
 
 
 def require_switchable(adapters: Sequence[NamedAdapter]) -> None:
-    """Check that adapters are low-rank updates of matrices.
+    """Check that adapters are low-rank updates of matrices, and have names of their own.
 
     Raises:
+        RecipeError: Two have one name.
         IncompatibleAdapterError: One is more; all of it is in ``findings``.
     """
+    names = [adapter.name for adapter in adapters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"several adapters are called {twice[0]}", hint="name them: --adapter NAME=PATH")
     problems = {
         adapter.name: [*changes_of_structure(adapter.binding), *no_factors(adapter.binding)] for adapter in adapters
     }

@@ -122,7 +122,7 @@ def _factor(part: Origin, dtype: DType, specs: Mapping[str, TensorSpec], *, is_t
     """A part of a weight as a matrix (in, out); None where it is no whole matrix of the checkpoint."""
     if not isinstance(part, Taken):
         return None
-    shape = specs[part.tensor].shape
+    shape = specs[part.tensor].shape if part.tensor in specs else ()
     is_permuted = part.permutation == _TURNED
     if len(shape) != 2 or part.shape != (shape[::-1] if is_permuted else shape) or part.plus:
         return None

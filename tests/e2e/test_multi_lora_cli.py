@@ -125,12 +125,15 @@ def test_two_adapters_of_one_name_are_told_apart_by_the_user(base: Path, tmp_pat
     error = document(*command, "--adapter", one, "--adapter", other, exit_code=2)["error"]
     assert error["hint"] == "name them: --adapter NAME=PATH"
     assert run(*command, "--adapter", f"../x={one}").exit_code == 2
-    found = document(*command, "--adapter", one, "--adapter", f"2={other}", "--weight", "1", "--weight", "0.5")
+    both = ("--adapter", one, "--adapter", f"2={other}")
+    found = document(*command, *both, "--weight", "1", "--weight", "0.5")
     adapters = found["multi_lora"]["adapters"]
     assert {name: entry["factors"]["a.weight"]["scales"] for name, entry in adapters.items()} == {
         "best": [1.5],
         "2": [0.75],
     }
+    into = [*command[:-2], "--into", tmp_path / "many", "--adapter", f"3={one}", "--adapter", f"3={other}"]
+    assert "several adapters are called 3" in document(*into, exit_code=2)["error"]["message"]
     odd = tmp_path / "a=b"
     shutil.copytree(one, odd)
     assert "a=b.onnx_adapter" in run(*command, "--adapter", odd, "--fresh").stdout
