@@ -16,7 +16,7 @@ from onnx import helper
 from torch import Tensor
 
 from lora_deploy.adapter import Adapter, Orientation
-from lora_deploy.errors import ExportError, IncompatibleAdapterError, InputError, RecipeError
+from lora_deploy.errors import ExportError, IncompatibleAdapterError, InputError, OutputExistsError, RecipeError
 from lora_deploy.export.adapter_file import read_ports
 from lora_deploy.export.adding import add_adapters
 from lora_deploy.export.binding_table import BindingTable
@@ -408,6 +408,22 @@ def test_files_are_the_same_each_time_and_the_table_knows_every_initializer(tmp_
         "b.lora_B.weight": ("tensor(float)", (1, 8)),
     }
     onnx.checker.check_model(str(first.graphs["model"]))
+
+
+def test_other_factors_under_the_same_name_are_another_export(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "m")
+    for rank, is_done in ((2, False), (2, True)):
+        adapters = named(base, {"x": lora(a=(6, 8, rank))})
+        found = execute_multi_lora(plan_multi_lora(planned(base), adapters, ()), tmp_path / "out")
+        assert found.was_done is is_done
+    before = digests(tmp_path / "out")
+    other = plan_multi_lora(planned(base), named(base, {"x": lora(a=(6, 8, 3))}), ())
+    with pytest.raises(OutputExistsError, match="holds another export"):
+        execute_multi_lora(other, tmp_path / "out")
+    assert digests(tmp_path / "out") == before
+    (tmp_path / "out" / "x.onnx_adapter").write_bytes(b"changed")
+    with pytest.raises(OutputExistsError, match=r"x\.onnx_adapter was changed or lost"):
+        execute_multi_lora(plan_multi_lora(planned(base), adapters, ()), tmp_path / "out")
 
 
 def test_only_folders_with_inputs_for_adapters_take_any(tmp_path: Path) -> None:
