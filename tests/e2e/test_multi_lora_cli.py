@@ -106,6 +106,20 @@ def test_what_does_not_fit_exits_with_4_and_changes_nothing(base: Path, tmp_path
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_name_that_another_adapter_has_exits_with_5_unless_it_may_be_replaced(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "many"
+    command = ["export", "--onnx", "--multi-lora", "--base", base]
+    assert run(*command, "--adapter", f"x={adapter(tmp_path / '1', 2, 'a')}", "-o", out).exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = [*command, "--adapter", f"x={adapter(tmp_path / '2', 3, 'a')}", "--into", out]
+    error = document(*other, exit_code=5)["error"]
+    assert "x.onnx_adapter: another adapter has this name" in error["message"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    replaced = document(*other, "--fresh")["multi_lora"]["adapters"]["x"]
+    assert replaced["factors"]["a.weight"]["rank"] == 3
+    assert document(*other)["was_done"]
+
+
 def test_another_base_and_a_folder_without_inputs_exit_with_3(base: Path, tmp_path: Path) -> None:
     one, out = adapter(tmp_path / "1", 2, "a"), tmp_path / "many"
     command = ["export", "--onnx", "--multi-lora", "--adapter", one]

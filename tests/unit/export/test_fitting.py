@@ -173,6 +173,16 @@ def test_weights_of_an_adapter_that_are_no_inputs_do_not_count(tmp_path: Path) -
         open_switchable(path)
 
 
+def test_inputs_that_must_be_given_do_not_count(tmp_path: Path) -> None:
+    """An adapter replaces defaults; onnxruntime refuses it for an input that has none."""
+    path = graph(tmp_path)
+    model = onnx.load(str(path))
+    del model.graph.initializer[:]
+    onnx.save(model, str(path))
+    with pytest.raises(InputError, match="takes no adapters"):
+        open_switchable(path)
+
+
 def test_of_several_graphs_only_inputs_that_all_have_count(tmp_path: Path) -> None:
     graph(tmp_path, name="one.onnx")
     graph(tmp_path, {name: shape for name, shape in SHAPES.items() if name.startswith("v")}, name="two.onnx")
