@@ -242,15 +242,12 @@ def _refuse(problems: Mapping[str, Sequence[Finding]]) -> None:
     if not problems:
         return
     n_errors = sum(map(len, problems.values()))
-    lines = [f"{n_errors} updates cannot be switched at run time" if n_errors > 1 else _ONE]
+    lines = [f"not everything can be switched at run time: {n_errors} error{'' if n_errors == 1 else 's'}"]
     for name, findings in problems.items():
         lines += [f"  adapter {name}", *(f"  {line}" for line in lines_of(findings))]
     everything = tuple(finding for findings in problems.values() for finding in findings)
     hint = "merge such an adapter into graphs of its own: lora-deploy export --onnx --adapter ADAPTER --base BASE"
     raise IncompatibleAdapterError("\n".join(lines), findings=everything, hint=hint)
-
-
-_ONE = "an update cannot be switched at run time"
 
 
 def _recorded(factor: Factor) -> RecordedInputs:
