@@ -138,8 +138,8 @@ def export(
       lora-deploy export 7-merged --onnx
       lora-deploy export --onnx --adapter runs/7 --base owner/name -o 7-onnx
       lora-deploy export 7-merged --onnx --weights shared
-      lora-deploy export --onnx --multi-lora --base owner/name --adapter runs/7 --adapter runs/8 -o many
-      lora-deploy export --onnx --multi-lora --adapter runs/9 --into many
+      lora-deploy export --onnx --multi-lora --adapter a/7 --adapter a/8 -o many
+      lora-deploy export --onnx --multi-lora --adapter a/9 --into many
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
     from lora_deploy.validate import BindOptions
