@@ -6,6 +6,7 @@ adapter, and adapters that name different ones are an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -21,6 +22,8 @@ from lora_deploy.updates.replacement import Replacement
 
 _ADAPTER_FILES = ("adapter_*", "*.safetensors", "*.bin", "*.json", "*.txt", "*.jinja", "*.model")
 """What of an adapter's hub repository is fetched: weights, configuration, and what may travel with them."""
+
+_NAME = re.compile(r"\w[\w.+-]*")
 
 Reference: TypeAlias = "str | PathLike[str]"
 """A path, or a hub id ``owner/name[@revision]``."""
@@ -81,6 +84,21 @@ def read_named(adapter: Reference, options: ReadOptions | None) -> Adapter:
         if options and options.adapter_name:  # PEFT saves adapters of other names than "default" in sub-folders
             local_folder(fspath(adapter), _ADAPTER_FILES, within=options.adapter_name)
     return read_adapter(path, options)
+
+
+def named_reference(reference: Reference) -> tuple[str | None, Reference]:
+    """Take ``NAME=PATH`` apart; a path that exists is one, whatever it contains.
+
+    Raises:
+        RecipeError: The name cannot be a file's.
+    """
+    text = fspath(reference)
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).expanduser().exists():
+        return None, reference
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"{text}: found name {name!r}, expected letters, digits, '.', '_', '+' and '-'")
+    return name, path
 
 
 def several(references: References) -> Sequence[Reference]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lora_deploy.merge.options import MergeOptions
 if TYPE_CHECKING:
     from lora_deploy.export.execute import Exported
     from lora_deploy.export.plan import ExportPlan
+    from lora_deploy.export.record import RecordedAdapter
 
 
 def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
@@ -89,6 +91,25 @@ def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
 @click.option(
     "--maker", type=click.Choice(MAKER_CHOICES), default="auto", show_default=True, help="Who makes the graph."
 )
+@click.option(
+    "--multi-lora",
+    is_flag=True,
+    help="Give the base's graph inputs for adapters, and write one .onnx_adapter file for each --adapter "
+    "(NAME=PATH gives it a name): nothing is merged, adapters are switched at run time.",
+)
+@click.option(
+    "--targets",
+    multiple=True,
+    metavar="GLOB",
+    help="With --multi-lora: inputs also for these matrices, such as '*.q_proj', so that later adapters fit; "
+    "all-linear: for all but the vocabulary's. Default: what the adapters change. Repeatable.",
+)
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="With --multi-lora: add the adapters to this earlier export; its graphs stay as they are.",
+)
 @bind_options
 @read_options
 @work_options
@@ -117,10 +138,26 @@ def export(
       lora-deploy export 7-merged --onnx
       lora-deploy export --onnx --adapter runs/7 --base owner/name -o 7-onnx
       lora-deploy export 7-merged --onnx --weights shared
+      lora-deploy export --onnx --multi-lora --adapter a/7 --adapter a/8 -o many
+      lora-deploy export --onnx --multi-lora --adapter a/9 --into many
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
     from lora_deploy.validate import BindOptions
 
+    into = choices["into"]
+    if choices["multi_lora"]:
+        if folder is not None:
+            raise click.UsageError("--multi-lora exports a base: found MERGED, expected --base, --adapter or both")
+        if (output is None) is (into is None):
+            raise click.UsageError("--multi-lora writes to one of -o OUT and --into FOLDER")
+        choices |= {"adapters": adapters, "base": base, "dequantize": dequantize, "dry_run": dry_run}
+        if output is not None:
+            _export_many(screen, output, choices)
+        else:
+            _add(screen, into, choices)
+        return
+    if choices["targets"] or into is not None:
+        raise click.UsageError("--targets and --into belong to --multi-lora")
     merge_choices = {name: value for name, value in choices.items() if name in {"device", "memory_bytes"}}
     plan = pipeline.plan_of_export(
         folder,
@@ -137,6 +174,51 @@ def export(
         _show_plan(screen, plan, out)
         return
     _show(screen, pipeline.execute_export(plan, out, progress=screen.progress()))
+
+
+def _export_many(screen: Screen, output: Path, choices: Mapping[str, Any]) -> None:
+    """Export a base with inputs for adapters, and the adapters beside it."""
+    from lora_deploy import pipeline
+    from lora_deploy.validate import BindOptions
+
+    merge_choices = {name: value for name, value in choices.items() if name in {"device", "memory_bytes"}}
+    plan = pipeline.plan_of_multi_lora(
+        choices["adapters"],
+        base=choices["base"],
+        targets=choices["targets"],
+        read_options=chosen(ReadOptions, choices),
+        bind_options=chosen(BindOptions, choices),
+        merge_options=chosen(MergeOptions, merge_choices),
+        export_options=chosen(ExportOptions, choices),
+        dequantize=choices["dequantize"],
+    )
+    if choices["dry_run"]:
+        _show_plan(screen, plan.export, output)
+        screen.fields((adapter.file, f"matrices: {len(adapter.binding.updates)}") for adapter in plan.adapters)
+        return
+    _show(screen, pipeline.execute_multi_lora(plan, output, progress=screen.progress()))
+
+
+def _add(screen: Screen, folder: Path, choices: Mapping[str, Any]) -> None:
+    """Add adapters to an export whose graphs have inputs for them."""
+    from lora_deploy import pipeline
+    from lora_deploy.validate import BindOptions
+
+    if not choices["adapters"] or choices["targets"] or choices["dry_run"]:
+        raise click.UsageError("--into takes --adapter, and neither --targets nor --dry-run (see validate --onnx)")
+    if chosen(ExportOptions, {**choices, "fresh": False}) != ExportOptions():
+        raise click.UsageError("--into: the graphs are there already; their options cannot be chosen again")
+    exported = pipeline.add_to_export(
+        folder,
+        choices["adapters"],
+        base=choices["base"],
+        read_options=chosen(ReadOptions, choices),
+        bind_options=chosen(BindOptions, choices),
+        fresh=choices["fresh"],
+        dequantize=choices["dequantize"],
+        progress=screen.progress(),
+    )
+    _show(screen, exported)
 
 
 def _show_plan(screen: Screen, plan: ExportPlan, out: Path) -> None:
@@ -182,6 +264,7 @@ def _show(screen: Screen, exported: Exported) -> None:
             "n_bytes": n_bytes,
             "artifacts": record.artifacts,
             "findings": record.findings,
+            "multi_lora": record.multi_lora,
         }
     )
     if exported.was_done:
@@ -196,7 +279,17 @@ def _show(screen: Screen, exported: Exported) -> None:
     ]
     if record.options["storage"] == "shared":
         rows.append(("shared", f"{100 * record.shared_share:.1f} % of the weights' bytes"))
+    if record.multi_lora is not None:
+        rows.append(("inputs", f"of any rank, matrices: {len(record.multi_lora.inputs)}"))
+        rows += [(name, _adapter_row(adapter)) for name, adapter in record.multi_lora.adapters.items()]
     screen.fields(rows)
+    own = [] if record.multi_lora is None else [f for a in record.multi_lora.adapters.values() for f in a.findings]
     screen.findings(
-        Finding(code=f.code, severity=Severity(f.severity), target=f.target, message=f.message) for f in record.findings
+        Finding(code=f.code, severity=Severity(f.severity), target=f.target, message=f.message)
+        for f in (*record.findings, *own)
     )
+
+
+def _adapter_row(adapter: RecordedAdapter) -> str:
+    ranks = sorted({factors.rank for factors in adapter.factors.values()})
+    return f"{adapter.file}: rank {', '.join(map(str, ranks))}, matrices: {len(adapter.factors)}"

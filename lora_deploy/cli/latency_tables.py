@@ -38,6 +38,8 @@ def latency_rows(report: LatencyReport) -> Iterator[tuple[str, str]]:
             yield side, ", ".join(_times(report, side))
             for phase, found in report.intervals(side).items():
                 yield "", f"{phase} / base: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
+        if report.why_no_contrast:
+            yield "unmerged", f"not measured: {report.why_no_contrast}"
     for side in report.costs:
         yield from _costs(report, side)
 

@@ -18,19 +18,28 @@ from lora_deploy.cli.screen import Screen
     "--max-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Longest answer."
 )
 @click.option("--raw", "is_raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--adapter", metavar="NAME", help="Switch this adapter on, one of an export --multi-lora.")
 @output_options
 @click.pass_obj
-def try_prompt(screen: Screen, /, folder: Path, prompt: str, max_tokens: int, is_raw: bool) -> None:
+def try_prompt(
+    screen: Screen, /, folder: Path, prompt: str, max_tokens: int, is_raw: bool, adapter: str | None
+) -> None:
     """Answer PROMPT with the graphs in DIR, or in DIR/onnx: the most likely tokens, as onnxruntime finds them.
 
     \b
-    Example:
+    Examples:
       lora-deploy try 7-merged "The capital of France is"
+      lora-deploy try many "The capital of France is" --adapter fr
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
 
     answer = pipeline.answer_prompt(
-        folder, prompt, max_tokens=max_tokens, is_raw=is_raw, say=screen.piece if screen.shows_text else None
+        folder,
+        prompt,
+        max_tokens=max_tokens,
+        is_raw=is_raw,
+        adapter=adapter,
+        say=screen.piece if screen.shows_text else None,
     )
     screen.publish(
         {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,11 +22,27 @@ if TYPE_CHECKING:
 @click.command(short_help="Check that adapters fit a base; list every misfit at once.")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @base_option
+@click.option(
+    "--onnx",
+    "graph",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="GRAPH",
+    help="Check against the inputs for adapters of ONNX graphs instead: a folder of export --multi-lora, or a file. "
+    "ADAPTER may then be an .onnx_adapter file, too.",
+)
 @bind_options
 @read_options
 @output_options
 @click.pass_obj
-def validate(screen: Screen, /, adapters: tuple[str, ...], base: str | None, dequantize: bool, **choices: Any) -> None:  # noqa: ANN401 - options by name
+def validate(
+    screen: Screen,
+    /,
+    adapters: tuple[str, ...],
+    base: str | None,
+    graph: Path | None,
+    dequantize: bool,
+    **choices: Any,  # noqa: ANN401 - options by name
+) -> None:
     """Check that every tensor of ADAPTER finds its place in the base: by name, shape and orientation.
 
     Prints which base this is (name, revision, digests of its weight files, remembered while the files do not change)
@@ -33,6 +51,11 @@ def validate(screen: Screen, /, adapters: tuple[str, ...], base: str | None, deq
     from lora_deploy import pipeline
     from lora_deploy.validate import BindOptions
 
+    if graph is not None:
+        if base is not None or dequantize:
+            raise click.UsageError("--onnx: the adapter is compared with the graph, not with --base")
+        _check_graph(screen, adapters, graph, choices)
+        return
     binding = pipeline.validate(
         adapters,
         base=base,
@@ -43,6 +66,23 @@ def validate(screen: Screen, /, adapters: tuple[str, ...], base: str | None, deq
     files = pipeline.base_artifacts(binding.checkpoint, screen.progress())
     screen.publish(document(binding, files))
     _show(screen, binding, files)
+
+
+def _check_graph(screen: Screen, adapters: tuple[str, ...], graph: Path, choices: Mapping[str, Any]) -> None:
+    """Check adapters, each by itself, against graphs that have inputs for them."""
+    from lora_deploy import pipeline
+    from lora_deploy.validate import BindOptions
+
+    fits = [
+        pipeline.check_graph_fit(
+            adapter, graph, read_options=chosen(ReadOptions, choices), bind_options=chosen(BindOptions, choices)
+        )
+        for adapter in adapters
+    ]
+    screen.publish({"graph": graph, "adapters": fits})
+    for fit in fits:
+        ranks = ", ".join(map(str, sorted(set(fit.ranks.values()))))
+        screen.line(f"{fit.adapter} fits {graph}: rank {ranks}, {len(fit.ranks)} of {fit.n_ports} matrices")
 
 
 def document(binding: Binding, files: tuple[Artifact, ...]) -> dict[str, object]:

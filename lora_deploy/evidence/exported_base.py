@@ -45,9 +45,14 @@ def exported_base(
         yield found
 
 
+def edited_tensors(binding: Binding) -> set[str]:
+    """Tensors that the base lacks in this form: they are in its export as the adapters replace them."""
+    return {name for name, source in binding.outputs.items() if source is None} | set(binding.shapes)
+
+
 def _without_deltas(binding: Binding) -> Binding:
     """The base with the same edits (law 8): of what the adapters change, only tensors that the base lacks like that."""
-    edited = {name for name, source in binding.outputs.items() if source is None} | set(binding.shapes)
+    edited = edited_tensors(binding)
     updates = {
         name: tuple(entry for entry in entries if isinstance(entry.update, Replacement))
         for name, entries in binding.updates.items()

@@ -18,6 +18,7 @@ from lora_deploy.evidence.outcome import NotApplicable, Outcome, TensorOutcome
 from lora_deploy.evidence.parity import ParityOptions, check_parity
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.replay import ReplayReport, open_merged, replay
+from lora_deploy.evidence.unmerged_graph import unmerged_graph
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.canonical import canonical_digest, first_difference
 from lora_deploy.export.record import RECORD_NAME, ExportRecord, read_record
@@ -141,4 +142,15 @@ def _latency(graphs: _Graphs, plan: MergePlan, options: VerifyOptions, progress:
     if graphs.base is None:
         proof = Proof(is_equal=None, reason=graphs.why_no_base)
         return LatencyReport(verdict=Verdict.INCONCLUSIVE, reason=graphs.why_no_base, proof=proof, options=chosen)
-    return check_latency(graphs.merged, graphs.base, plan.config, chosen, prove=graphs.prove, progress=progress)
+    with unmerged_graph(plan, graphs.base) as unmerged:
+        contrast = unmerged if isinstance(unmerged, GraphFolder) else None
+        report = check_latency(
+            graphs.merged,
+            graphs.base,
+            plan.config,
+            chosen,
+            prove=graphs.prove,
+            contrast=contrast,
+            progress=progress,
+        )
+    return replace(report, why_no_contrast=unmerged) if isinstance(unmerged, str) else report

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class LatencyReport:
     """One, or two where it had to be repeated."""
     costs: Mapping[str, LoadCost] = field(default_factory=dict)
     """Loading time and peak memory, each in a process of its own."""
+    why_no_contrast: str = ""
+    """Why the unmerged graph was not measured beside; empty where it was, or nobody asked for it."""
     options: LatencyOptions = LatencyOptions()
     workload: str = ""
     seconds: float = 0.0
@@ -119,6 +121,7 @@ class LatencyReport:
                 for side in (MERGED, AGAIN, CONTRAST)
             },
             "measurements": [_measurement_to_json(found) for found in self.measurements],
+            "why_no_contrast": self.why_no_contrast,
             "costs": {side: asdict(cost) for side, cost in self.costs.items()},
             "seconds": self.seconds,
             "versions": versions(),
@@ -157,11 +160,14 @@ def check_latency(
     options, started = options or LatencyOptions(), time.monotonic()
     proof = _proof(merged, base, prove)
     workload = Workload.of(config, provider=options.provider, n_threads=options.n_threads)
-    folders = {BASE: base, MERGED: merged, AGAIN: base, **({CONTRAST: contrast} if contrast else {})}
-    needed, available = 2 * sum(folder.n_bytes for folder in folders.values()), available_bytes()
-    if available is not None and needed > available:
-        why = f"sessions side by side need {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
-        return _concluded(proof, (), options, workload, {}, why)
+    folders = {BASE: base, MERGED: merged, AGAIN: base}
+    problem = _lacks_memory(folders.values())
+    if problem:
+        return _concluded(proof, (), options, workload, {}, problem)
+    why_no_contrast = ""
+    if contrast is not None:
+        why_no_contrast = _why_not_beside(contrast, folders.values(), workload)
+        folders |= {} if why_no_contrast else {CONTRAST: contrast}
     try:
         sides = {name: loader(folder, workload) for name, folder in folders.items()}
         n_bytes = sum(folder.n_bytes for folder in folders.values())
@@ -172,7 +178,26 @@ def check_latency(
     except (EvidenceError, InconclusiveError) as error:
         return _concluded(proof, (), options, workload, {}, error.message)
     report = _concluded(proof, measurements, options, workload, costs, "")
-    return replace(report, seconds=time.monotonic() - started)
+    return replace(report, seconds=time.monotonic() - started, why_no_contrast=why_no_contrast)
+
+
+def _lacks_memory(folders: Iterable[GraphFolder]) -> str:
+    needed, available = 2 * sum(folder.n_bytes for folder in folders), available_bytes()
+    if available is None or needed <= available:
+        return ""
+    return f"sessions side by side need {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+
+
+def _why_not_beside(contrast: GraphFolder, folders: Iterable[GraphFolder], workload: Workload) -> str:
+    """Say why a contrast cannot be measured beside the others: it must not spoil what can."""
+    problem = _lacks_memory([*folders, contrast])
+    if problem:
+        return problem
+    try:
+        loader(contrast, workload)()
+    except (EvidenceError, InconclusiveError) as error:
+        return error.message
+    return ""
 
 
 def measure_twice(

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_deploy.export.extras import require_onnx_ir
+from lora_deploy.tensors import DType
+
+_ONNX_TYPES = {DType.F32: "FLOAT", DType.F16: "FLOAT16", DType.BF16: "BFLOAT16", DType.F64: "DOUBLE"}
 
 Model = Any
 """An ``onnx_ir.Model``."""
@@ -33,6 +36,11 @@ def values_of(value: Value) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy() if not (array.flags.writeable and array.flags.c_contiguous) else array)
+
+
+def onnx_type(dtype: DType) -> Any:  # noqa: ANN401
+    """The format as an ``onnx_ir.DataType``."""
+    return require_onnx_ir().DataType[_ONNX_TYPES[dtype]]
 
 
 def external(value: Value, file: str, offset: int, n_bytes: int) -> Any:  # noqa: ANN401

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,21 @@ from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError, OutputExistsError
 from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
 from lora_deploy.export.plan import ExportPlan
-from lora_deploy.export.record import RECORD_NAME, SCHEMA, ExportRecord, compose, digest_of, read_record
+from lora_deploy.export.record import (
+    RECORD_NAME,
+    SCHEMA,
+    ExportRecord,
+    compose,
+    digest_of,
+    read_record,
+    recorded_findings,
+)
 from lora_deploy.export.shared import Shared, share
 from lora_deploy.export.sources import CheckpointSource
 from lora_deploy.export.weights import write_weights
 from lora_deploy.merge.output import WORK_FOLDER, locked, publish, remove, tidy
 from lora_deploy.merge.progress import Progress
-from lora_deploy.merge.record import RecordedFile, RecordedFinding
+from lora_deploy.merge.record import RecordedFile
 from lora_deploy.safetensors_file import write_file
 
 
@@ -64,26 +72,42 @@ def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = N
     root, out = out, out.resolve()
     identity = plan.identity(progress)
     digest = digest_of(identity)
-    done = _find_done(out, digest, plan)
+    done = find_done(out, digest, plan)
     if done is not None:
         return Exported(root=root, record=done, was_done=True)
     graphs = graph_of(plan.blueprint, plan.maker, progress)
     if plan.options.storage == "shared":
         record = _write(plan, graphs, out, digest, identity, progress)
         return Exported(root=root, record=record, was_cached=graphs.was_cached)
+    record = put_in_place(out, lambda folder: _write(plan, graphs, folder, digest, identity, progress))
+    return Exported(root=root, record=record, was_cached=graphs.was_cached)
+
+
+def put_in_place(out: Path, write: Callable[[Path], ExportRecord]) -> ExportRecord:
+    """Have an export written to a folder beside ``out``, and put that in its place once it is whole.
+
+    Raises:
+        LoraDeployError: As ``write``; ``out`` is then what it was.
+    """
     with locked(out) as partial:
         for path in partial.iterdir():
             if path.name != WORK_FOLDER:
                 remove(path)
-        record = _write(plan, graphs, partial, digest, identity, progress)
+        record = write(partial)
         publish(partial, out)
     for file in record.artifacts:
         remember_sha256(out / file.path, file.sha256)
     tidy(out)
-    return Exported(root=root, record=record, was_cached=graphs.was_cached)
+    return record
 
 
-def _find_done(out: Path, digest: str, plan: ExportPlan) -> ExportRecord | None:
+def find_done(out: Path, digest: str, plan: ExportPlan) -> ExportRecord | None:
+    """Give the record of this very export if ``out`` holds it, unchanged; None if ``out`` may be written.
+
+    Raises:
+        OutputExistsError: Something else is there, and ``--fresh`` was not said.
+        ExportError: Shared weights lie elsewhere.
+    """
     is_shared = plan.options.storage == "shared"
     if is_shared and isinstance(plan.source, CheckpointSource) and out != plan.source.checkpoint.root.resolve():
         raise ExportError(
@@ -122,13 +146,36 @@ def _write(
 ) -> ExportRecord:
     """Write graphs, weights, travelling files and at last the record."""
     shared = share(plan.source, graphs) if plan.options.storage == "shared" else Shared.nothing(graphs)
+    artifacts = write_files(plan, graphs, shared, folder, progress)
+    record = record_of(plan, graphs, digest, identity, artifacts, shared_share=shared.share)
+    write_record(folder, record, plan, graphs)
+    return record
+
+
+def write_files(
+    plan: ExportPlan, graphs: GraphSet, shared: Shared, folder: Path, progress: Progress | None
+) -> list[Artifact]:
+    """Write weights, the graphs as they are in ``shared``, the table, and what travels: all but the record."""
     artifacts = write_weights(plan.source, graphs, shared.table, folder, progress)
     for name, content in shared.graphs.items():
         artifacts.append(write_file(folder / name, content, (), root=folder))
     artifacts.append(write_file(folder / TABLE_NAME, shared.table.text().encode(), (), root=folder))
     if plan.options.storage != "shared":
         artifacts += _travelling(plan, graphs, folder)
-    record = ExportRecord(
+    return artifacts
+
+
+def record_of(
+    plan: ExportPlan,
+    graphs: GraphSet,
+    digest: str,
+    identity: Mapping[str, Any],
+    artifacts: Sequence[Artifact],
+    *,
+    shared_share: float = 0.0,
+) -> ExportRecord:
+    """Say what was exported from what."""
+    return ExportRecord(
         schema=SCHEMA,
         digest=digest,
         blueprint=plan.blueprint.digest,
@@ -138,17 +185,17 @@ def _write(
         opset=graphs.opset,
         graphs=dict(graphs.graphs),
         binding_table=TABLE_NAME,
-        shared_share=shared.share,
+        shared_share=shared_share,
         versions=dict(graphs.versions),
-        findings=tuple(
-            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
-            for f in (*plan.findings, *graphs.findings)
-        ),
+        findings=recorded_findings((*plan.findings, *graphs.findings)),
         artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts)),
     )
+
+
+def write_record(folder: Path, record: ExportRecord, plan: ExportPlan, graphs: GraphSet) -> None:
+    """Write the record, with what the layout's loader wants to know."""
     components = dict(graphs.metadata) if plan.options.layout == "transformers" else {}
     write_file(folder / RECORD_NAME, compose(record, components).encode(), (), root=folder)
-    return record
 
 
 def exported_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import ExportError
+from lora_deploy.errors import ExportError, LoraDeployError
+from lora_deploy.export.adapter_file import read_values
 from lora_deploy.export.extras import require_genai, require_transformers_exporters
 from lora_deploy.export.record import ExportRecord, read_record
 from lora_deploy.export.runtime import open_session
@@ -44,8 +45,10 @@ class Answer:
 class Decoder:
     """The prefill and decode graphs of an export, and a cache between them; an encoder before them, if there is one."""
 
-    def __init__(self, folder: Path, record: ExportRecord, n_threads: int | None = None) -> None:
-        """Open the graphs.
+    def __init__(
+        self, folder: Path, record: ExportRecord, n_threads: int | None = None, *, adapter: Path | None = None
+    ) -> None:
+        """Open the graphs, and an adapter's file for their inputs.
 
         Raises:
             ExportError: The export is no decoder with a cache, reads no text, or a graph cannot be opened.
@@ -59,6 +62,7 @@ class Decoder:
         """Token that an encoder-decoder's answer begins with; None where the answer continues the prompt."""
         names: list[str] = [name for name in ("encoder", "prefill", "decode") if name in record.graphs]
         self._sessions = {name: open_session(folder / record.graphs[name].file, provider, n_threads) for name in names}
+        self._factors = read_values(adapter) if adapter is not None else {}
 
     def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
         """Give the most likely next token, again and again; never stops by itself."""
@@ -98,6 +102,8 @@ class Decoder:
             value = given[_plain(port.name)]
             bind = binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input
             bind(port.name, value)
+        for name, values in self._factors.items():  # a session with bound inputs ignores active adapters
+            binding.bind_ortvalue_input(name, values)
         names = [port.name for port in session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device if name != "logits" else "cpu")
@@ -134,9 +140,12 @@ def answer(
     *,
     max_tokens: int,
     is_raw: bool = False,
+    adapter: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Answer:
     """Answer a prompt; ``say`` hears the text as it comes, ``is_raw`` leaves the tokenizer's chat template out.
+
+    ``adapter`` is one that a multi-lora export has under this name.
 
     Raises:
         InputError: The folder is no export.
@@ -146,7 +155,8 @@ def answer(
     _require_text(folder, record)
     tokenizer = _tokenizer(folder)
     ids = _prompt_ids(tokenizer, prompt, is_raw=is_raw)
-    tokens = greedy_tokens(folder, record, ids, len(ids) + max_tokens)
+    file = _adapter_file(folder, record, adapter) if adapter is not None else None
+    tokens = greedy_tokens(folder, record, ids, len(ids) + max_tokens, adapter=file)
     ends = _end_tokens(folder)
     told, found, times = "", [], [time.monotonic()]
     for token in tokens:
@@ -170,31 +180,53 @@ def answer(
     )
 
 
-def greedy_tokens(folder: Path, record: ExportRecord, prompt: Sequence[int], max_length: int) -> Iterator[int]:
+def greedy_tokens(
+    folder: Path, record: ExportRecord, prompt: Sequence[int], max_length: int, *, adapter: Path | None = None
+) -> Iterator[int]:
     """Give the most likely next token, again and again, by whichever runtime the export is laid out for.
 
-    ``max_length`` counts the prompt's tokens, too; not every layout stops there by itself.
+    ``max_length`` counts the prompt's tokens, too; not every layout stops there by itself. ``adapter`` is a file for
+    the inputs that a multi-lora export has.
 
     Raises:
         ExportError: The export is no decoder, or its runtime is missing or refuses it.
     """
     if record.options["layout"] != "genai":
-        return Decoder(folder, record).tokens(prompt)
-    genai = require_genai()
+        return Decoder(folder, record, adapter=adapter).tokens(prompt)
     try:
-        model = genai.Model(str(folder))
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=max_length, do_sample=False)
-        return _generated(genai.Generator(model, parameters), prompt)
+        return _generated(_opened(folder, max_length, adapter), prompt)
+    except LoraDeployError:
+        raise
     except Exception as error:  # its own errors are of no class of their own
         raise ExportError(f"{folder}: onnxruntime-genai refuses it: {' '.join(str(error).split())[:500]}") from error
 
 
-def _generated(generator: Any, prompt: Sequence[int]) -> Iterator[int]:  # noqa: ANN401 - of onnxruntime-genai
+def _opened(folder: Path, max_length: int, adapter: Path | None) -> tuple[Any, Any]:
+    """A generator of onnxruntime-genai, and the adapters that must live as long as it does."""
+    genai = require_genai()
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=max_length, do_sample=False)
+    generator, adapters = genai.Generator(model, parameters), genai.Adapters(model)
+    if adapter is not None:
+        adapters.load(str(adapter), adapter.stem)
+        generator.set_active_adapter(adapters, adapter.stem)
+    return generator, adapters
+
+
+def _generated(opened: tuple[Any, Any], prompt: Sequence[int]) -> Iterator[int]:
+    generator, _ = opened
     generator.append_tokens(list(prompt))
     while not generator.is_done():
         generator.generate_next_token()
         yield int(generator.get_next_tokens()[0])
+
+
+def _adapter_file(folder: Path, record: ExportRecord, name: str) -> Path:
+    known = record.multi_lora.adapters if record.multi_lora is not None else {}
+    if name not in known:
+        raise ExportError(f"{folder}: has no adapter {name}; it has {', '.join(known) or 'none'}")
+    return folder / known[name].file
 
 
 def _tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a tokenizer of transformers

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import InputError
+from lora_deploy.errors import Finding, InputError
 from lora_deploy.merge.record import RecordedFile, RecordedFinding, RecordedOrigin
+from lora_deploy.tensors import DType
 
 RECORD_NAME = "export.json"
 SCHEMA: Literal[1] = 1
@@ -25,6 +27,13 @@ _LOADERS_SCHEMA = 1
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def recorded_findings(findings: Iterable[Finding]) -> tuple[RecordedFinding, ...]:
+    """Findings as a record has them."""
+    return tuple(
+        RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message) for f in findings
+    )
 
 
 class RecordedPort(_Frozen):
@@ -45,6 +54,55 @@ class RecordedGraph(_Frozen):
     """Canonical digest: the base's."""
     inputs: tuple[RecordedPort, ...]
     outputs: tuple[RecordedPort, ...]
+
+
+class RecordedInputs(_Frozen):
+    """The inputs through which adapters change one matrix: A (in, r) and B (r, out), of rank 0 by default."""
+
+    down: str
+    """Name of A."""
+    up: str
+    """Name of B; the scale is part of its values."""
+    n_in: int
+    n_out: int
+    is_turned: bool
+    """Whether the checkpoint stores the matrix (out, in), as linear layers do."""
+    dtype: DType
+    """Format of both."""
+    rank: int | None = None
+    """The one that the graph is made for; None: any."""
+
+
+class RecordedFactors(_Frozen):
+    """What an adapter gives for one matrix."""
+
+    rank: int
+    scales: tuple[float, ...]
+    """One for each update of the matrix, usually one; they are part of B's values."""
+
+
+class RecordedAdapter(_Frozen):
+    """An adapter that can be switched on."""
+
+    file: str
+    sha256: str
+    """Of the adapter that was read."""
+    config_sha256: str | None
+    factors: dict[str, RecordedFactors]
+    """By tensor name."""
+    findings: tuple[RecordedFinding, ...]
+    """What was noticed when it was bound to the base."""
+
+
+class RecordedMultiLora(_Frozen):
+    """What can be exchanged at run time."""
+
+    digest: str
+    """Of everything but the adapters."""
+    inputs: dict[str, RecordedInputs]
+    """By the checkpoint tensor that is changed."""
+    adapters: dict[str, RecordedAdapter]
+    """By name."""
 
 
 class ExportRecord(_Frozen):
@@ -73,6 +131,8 @@ class ExportRecord(_Frozen):
     findings: tuple[RecordedFinding, ...]
     artifacts: tuple[RecordedFile, ...]
     """Every file of the export but this one."""
+    multi_lora: RecordedMultiLora | None = None
+    """Of graphs with inputs for adapters."""
 
 
 def compose(record: ExportRecord, components: dict[str, Any]) -> str:

@@ -82,7 +82,8 @@ class PlanSource:
     def __init__(self, plan: MergePlan) -> None:
         """Compute nothing yet."""
         adapters = "+".join(adapter.name for adapter in plan.binding.adapters)
-        self.name = f"{adapters} on {plan.binding.checkpoint.ref.name}"
+        base = plan.binding.checkpoint.ref.name
+        self.name = f"{adapters} on {base}" if adapters else base
         self.config: Mapping[str, Any] = plan.config
         self.companions: Mapping[str, Path] = plan.companions
         self._plan = plan

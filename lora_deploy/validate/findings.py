@@ -63,18 +63,25 @@ def misfit_message(adapters: Sequence[Adapter], checkpoint: Checkpoint, findings
     listed = sorted((f for f in findings if f.severity is not Severity.NOTE), key=lambda f: f.severity.value)
     n_errors = sum(f.severity is Severity.ERROR for f in listed)
     n_warnings = len(listed) - n_errors
-    who = ", ".join(f"{_folder(adapter)} ({adapter.format})" for adapter in adapters)
+    who = ", ".join(map(title, adapters))
     base = checkpoint.ref.name + (f"@{checkpoint.ref.revision[:7]}" if checkpoint.ref.revision else "")
     counts = _count(n_errors, "error") + (f", {_count(n_warnings, 'warning')}" if n_warnings else "")
     lines = [f"{_kind(adapters)} {who} {_verb(adapters)} not fit base {base}: {counts}"]
-    width = max((len(f.code) for f in listed[:_MAX_LINES]), default=0)
-    for finding in listed[:_MAX_LINES]:
+    return "\n".join([*lines, *lines_of(listed)])
+
+
+def lines_of(findings: Sequence[Finding]) -> list[str]:
+    """Format findings: one line each, the adapter's keys on a second; a long list is cut."""
+    shown = findings[:_MAX_LINES]
+    width = max((len(f.code) for f in shown), default=0)
+    lines = []
+    for finding in shown:
         lines.append(f"  {finding.severity.value:5} {finding.code:{width}}  {finding.target}: {finding.message}")
         if finding.source:
             lines.append(f"  {'':5} {'':{width}}  from {finding.source}")
-    if len(listed) > _MAX_LINES:
-        lines.append(f"  … and {len(listed) - _MAX_LINES} more (--json lists all)")
-    return "\n".join(lines)
+    if len(findings) > _MAX_LINES:
+        lines.append(f"  … and {len(findings) - _MAX_LINES} more (--json lists all)")
+    return lines
 
 
 def short_keys(keys: Sequence[str]) -> str:
@@ -95,8 +102,10 @@ def _n_common(texts: Sequence[str]) -> int:
     return next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _folder(adapter: Adapter) -> str:
-    return str(adapter.path.parent if adapter.path.stem in {"adapter_model", "adapters"} else adapter.path)
+def title(adapter: Adapter) -> str:
+    """Name an adapter as the user knows it: where it lies, and its format."""
+    path = adapter.path.parent if adapter.path.stem in {"adapter_model", "adapters"} else adapter.path
+    return f"{path} ({adapter.format})"
 
 
 def _kind(adapters: Sequence[Adapter]) -> str:

@@ -19,7 +19,7 @@ from lora_deploy.errors import EvidenceError, InconclusiveError, InputError, Rec
 from lora_deploy.evidence.bench import bench
 from lora_deploy.evidence.graph_parity import Graphs
 from lora_deploy.evidence.graphs import find_graphs
-from lora_deploy.evidence.latency import LatencyOptions
+from lora_deploy.evidence.latency import LatencyOptions, check_latency
 from lora_deploy.evidence.load_cost import load_cost
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.session import open_session
@@ -190,6 +190,20 @@ def test_two_folders_are_timed_in_fresh_pairs(exported: Exported) -> None:
 def test_a_childs_peak_memory_is_not_its_parents(exported: Exported) -> None:
     ballast = torch.ones(200_000_000)  # 800 MB, resident in this process alone
     assert load_cost(exported.merged).peak_bytes < 4 * ballast.numel()
+
+
+def test_a_contrast_that_does_not_load_spoils_nothing(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    (tmp_path / "export.json").write_text("{}")
+    report = check_latency(
+        exported.merged, exported.base, exported.case.plan.config, QUICK, contrast=folder_of(tmp_path)
+    )
+    assert report.measurements
+    assert "model.onnx" in report.why_no_contrast
+    assert set(report.measurements[0].pairs[0].medians) == {"base", "merged", "base again"}
+    beside = check_latency(exported.merged, exported.base, exported.case.plan.config, QUICK, contrast=exported.base)
+    assert beside.why_no_contrast == ""
+    assert "unmerged" in beside.measurements[0].pairs[0].medians
 
 
 def test_the_command_prints_times_or_one_document(exported: Exported) -> None:

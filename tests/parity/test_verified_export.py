@@ -7,22 +7,29 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification
 
 from lora_deploy.errors import InputError, RecipeError
 from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.graphs import GraphFolder, find_graphs
 from lora_deploy.evidence.latency import LatencyReport
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.outcome import Outcome
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.replay import ReplayReport
+from lora_deploy.evidence.unmerged_graph import unmerged_graph
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.binding_table import BindingTable
-from lora_deploy.pipeline import verify
+from lora_deploy.merge.options import MergeOptions
+from lora_deploy.merge.plan import MergePlan
+from lora_deploy.pipeline import plan, verify
 from lora_deploy.validate import BindOptions
-from tests.parity.exports import Case, prepare
+from tests.parity.exports import Case, assert_close, contents, prepare, run, tokens
 from tests.peer.models import bert, llama
+from tests.peer.trained import Trained, train
 
 pytestmark = [pytest.mark.slow]
 
@@ -44,6 +51,65 @@ def checked(folder: Path, *only: Check) -> Evidence:
     return verify(folder, options=VerifyOptions(only=only, seconds=3))
 
 
+@torch.no_grad()
+def test_the_contrast_does_what_the_unmerged_decoder_does(decoder: Case) -> None:
+    """What latency is measured beside is PEFT's unmerged model: prefill, and decode over a cache."""
+    base = folder_of(decoder.base_export.root)
+    before = contents(base.root)
+    ids, positions = tokens(2, 10)["input_ids"], torch.arange(10).expand(2, 10)
+    mask = torch.ones_like(ids)
+    with unmerged_graph(planned(decoder.trained), base) as unmerged:
+        assert isinstance(unmerged, GraphFolder), unmerged
+        first = {"input_ids": ids[:, :9], "attention_mask": mask[:, :9], "position_ids": positions[:, :9]}
+        found = run(unmerged.prefill, first)
+        more = {"input_ids": ids[:, 9:], "attention_mask": mask, "position_ids": positions[:, 9:]}
+        last = run(unmerged.decode, {**found, **more})
+    expected = decoder.trained.output({"input_ids": ids}).float()
+    assert_close(found["logits"], expected[:, :9])
+    assert_close(last["logits"], expected[:, 9:], tolerance=5e-5)
+    assert contents(base.root) == before, "its weights are links to the base's"
+
+
+@torch.no_grad()
+def test_the_contrast_does_what_the_unmerged_encoder_does(classifier: Case, tmp_path: Path) -> None:
+    model = bert(BertForSequenceClassification, num_labels=3)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    trained = train(model, config, tmp_path, base=classifier.trained.base)
+    batch = tokens(2, 9)
+    batch |= {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+    with unmerged_graph(planned(trained), folder_of(classifier.base_export.root)) as unmerged:
+        assert isinstance(unmerged, GraphFolder), unmerged
+        found = run(unmerged.prefill, batch)["logits"]
+    assert_close(found, trained.output(batch).float())
+
+
+def test_no_contrast_where_the_adapter_is_more_than_factors(classifier: Case, tmp_path: Path) -> None:
+    base = folder_of(classifier.base_export.root)
+    dora = LoraConfig(r=2, target_modules=["query"], use_dora=True, init_lora_weights=False)
+    trained = train(bert(BertForSequenceClassification, num_labels=3), dora, tmp_path / "dora")
+    for one, reason in ((trained, "found a dora update"), (classifier.trained, "classifier.bias: found a replacement")):
+        with unmerged_graph(planned(one), base) as why:
+            assert isinstance(why, str)
+            assert reason in why
+    plain = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    trained = train(bert(BertForSequenceClassification, num_labels=3), plain, tmp_path / "plain")
+    (tmp_path / "elsewhere").mkdir()
+    for file in ("model.onnx", "config.json"):
+        shutil.copy(base.root / file, tmp_path / "elsewhere" / file)
+    with unmerged_graph(planned(trained), folder_of(tmp_path / "elsewhere")) as why:
+        assert "nothing says where its weights come from" in str(why)
+
+
+def planned(trained: Trained) -> MergePlan:
+    return plan(trained.adapter, base=trained.base, merge_options=MergeOptions(dtype="float32"))
+
+
+def folder_of(path: Path) -> GraphFolder:
+    found = find_graphs(path)
+    assert found is not None
+    return found
+
+
 def damaged(case: Case, folder: Path) -> Path:
     shutil.copytree(case.merged, folder)
     return folder
@@ -63,6 +129,9 @@ def test_weights_outputs_and_graphs_of_an_export_are_proven(name: str, request: 
     assert isinstance(found.latency, LatencyReport)
     assert found.latency.proof.is_equal, found.latency.proof.reason
     assert found.latency.verdict is not Verdict.INCONCLUSIVE
+    is_plain = name == "decoder"
+    assert all(("unmerged" in pair.medians) is is_plain for pair in found.latency.measurements[-1].pairs)
+    assert ("replacement" in found.latency.why_no_contrast) is not is_plain
 
 
 def test_a_changed_byte_of_the_graphs_weights_is_found(decoder: Case, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ BIND = {"--base", "--weight", "--include", "--exclude", "--dequantize"}
 SHOWN = {"--json", "-q", "--quiet", "-h", "--help"}
 OPTIONS = {
     "inspect": READ | SHOWN,
-    "validate": READ | BIND | SHOWN,
+    "validate": READ | BIND | SHOWN | {"--onnx"},
     "merge": READ
     | BIND
     | SHOWN
@@ -20,8 +20,8 @@ OPTIONS = {
     | BIND
     | SHOWN
     | {"--onnx", "-o", "--output", "--adapter", "--dtype", "--provider", "--weights", "--layout", "--maker"}
-    | {"--device", "--memory", "--dry-run", "--fresh"},
-    "try": SHOWN | {"--max-tokens", "--raw"},
+    | {"--device", "--memory", "--dry-run", "--fresh", "--multi-lora", "--targets", "--into"},
+    "try": SHOWN | {"--max-tokens", "--raw", "--adapter"},
     "verify": READ
     | BIND
     | SHOWN

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lora_deploy.cli.latency_tables import latency_rows
 from lora_deploy.evidence.equivalence import LOOKS, Equivalence
-from lora_deploy.evidence.latency import LatencyOptions, LatencyReport, Proof, conclude, measure_twice, prove_by
+from lora_deploy.evidence.latency import (
+    CONTRAST,
+    LatencyOptions,
+    LatencyReport,
+    Proof,
+    conclude,
+    measure_twice,
+    prove_by,
+)
 from lora_deploy.evidence.timing import AGAIN, BASE, CPU, MERGED, WALL, Load, Measurement, Times, measure
 from lora_deploy.evidence.verdict import Verdict
 
@@ -192,3 +202,20 @@ def test_the_report_keeps_every_pair() -> None:
     assert said["ratios"]["merged"]["cpu"]["decode"]["ratio"] == pytest.approx(1.08, rel=0.03)
     assert said["ratios"]["base again"]["cpu"]["decode"]["n"] == LOOKS[0]
     assert said["ratios"]["unmerged"]["cpu"] == {}
+
+
+def test_the_contrast_is_told_beside_the_verdict_and_decides_nothing() -> None:
+    equal = sides(1.0)
+    measurement = measure({**equal, CONTRAST: sides(1.3)[MERGED]}, bound=0.03, seconds=PLENTY, seed=3)
+    assert measurement.verdict is EQUAL
+    proof = Proof(is_equal=True, reason="canonical digest x")
+    report = LatencyReport(verdict=Verdict.PASS, proof=proof, measurements=(measurement,))
+    found = report.intervals(CONTRAST)
+    assert all(1.2 < interval.low < interval.high < 1.4 for interval in found.values())
+    assert report.to_json()["ratios"][CONTRAST][CPU]["decode"]["ratio"] == found["decode"].ratio
+    rows = list(latency_rows(report))
+    assert [name for name, _ in rows if name] == ["proof", "measured", BASE, MERGED, AGAIN, CONTRAST]
+    assert sum(" / base: 1.3" in text or " / base: 1.2" in text for _, text in rows) == 2
+    why = replace(report, why_no_contrast="w: found a dora update")
+    assert ("unmerged", "not measured: w: found a dora update") in list(latency_rows(why))
+    assert why.to_json()["why_no_contrast"] == "w: found a dora update"

@@ -36,7 +36,10 @@ def model_of(initializers: Mapping[str, Tensor], nodes: list[Any], dtype: torch.
     ports = [helper.make_tensor_value_info(name, _TYPES[dtype], ["batch", 8]) for name in ("x", "y")]
     tensors = [numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in initializers.items()]
     graph = helper.make_graph(nodes, "hand-made", ports[:1], ports[1:], tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    domains = {"": 20, **{node.domain: 1 for node in nodes if node.domain}}
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid(*pair) for pair in domains.items()], ir_version=10
+    )
 
 
 def plain(tensors: Mapping[str, Tensor], **others: Tensor) -> Any:
