@@ -8,19 +8,25 @@ adapter is inconclusive. What cannot be run is said, not guessed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.architecture import Absence, Architecture, find_architecture
 from lora_deploy.evidence.chanced import DTypes
-from lora_deploy.evidence.graph_parity import Graphs, graph_subjects, run_all
+from lora_deploy.evidence.forward import Outputs
+from lora_deploy.evidence.graph_parity import GraphRuns, Graphs, graph_subjects, run_all
 from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
 from lora_deploy.evidence.probe import SEED, Probe, make_probes, read_probes
+from lora_deploy.evidence.quantised_graphs import QuantisedGraphs
+from lora_deploy.evidence.quantised_parity import quantised_report, run_quantised
+from lora_deploy.evidence.quantised_report import QuantisedReport
 from lora_deploy.evidence.reference_run import N_PASSES, ReferenceRun, needed_bytes, run_reference
 from lora_deploy.evidence.reload import run_reloaded
 from lora_deploy.evidence.subject import compare_subject
@@ -46,9 +52,10 @@ def check_parity(
     options: ParityOptions | None = None,
     *,
     graphs: Graphs | None = None,
+    quantised: Sequence[QuantisedGraphs] = (),
     progress: Progress | None = None,
 ) -> ParityReport | NotApplicable:
-    """Compare a merged checkpoint with the unmerged model.
+    """Compare a merged checkpoint, its graphs and its quantised ones with the unmerged model.
 
     Raises:
         InputError: The user's probes cannot be read, or the adapter's file is not the one that was merged.
@@ -62,15 +69,49 @@ def check_parity(
     probes = make_probes(plan.config, architecture)
     if options is not None and options.probes is not None:
         probes += read_probes(options.probes, merged.root, plan.config, architecture)
-    needed, available = needed_bytes(plan, probes), available_bytes()
+    needed, available = needed_bytes(plan, probes, n_graphs=4 * len(quantised)), available_bytes()
     if available is not None and needed > available:
         return _unmeasured(
             f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
             "the replay of its weights is what proves this merge; --skip parity says that it is enough",
         )
     with reporting(progress, "measuring parity", (N_PASSES + 1) * plan.n_bytes) as advance:
-        report = _measure(plan, merged, architecture, probes, graphs, advance)
+        report = _measure(plan, merged, architecture, probes, _Exports(graphs, quantised), advance)
     return replace(report, seconds=time.monotonic() - started)
+
+
+class _Exports:
+    """Every export that is compared; each is run once."""
+
+    def __init__(self, graphs: Graphs | None, quantised: Sequence[QuantisedGraphs]) -> None:
+        self._quantised = quantised
+        self._plain = list(dict.fromkeys([graphs, *(entry.plain for entry in quantised)]))
+        self._runs: dict[Graphs, GraphRuns] = {}
+        self._quantised_runs: dict[str, GraphRuns] = {}
+
+    def run(self, probes: Sequence[Probe]) -> frozenset[torch.dtype]:
+        """Run them all; gives the formats that they compute in."""
+        only_prefill_base = not self._quantised
+        self._runs = {g: run_all(g, probes, only_prefill_base=only_prefill_base) for g in self._plain if g is not None}
+        self._quantised_runs = {entry.name: run_quantised(entry, probes) for entry in self._quantised}
+        runs = (*self._runs.values(), *self._quantised_runs.values())
+        return frozenset(run.dtype for run in runs if run.dtype is not None)
+
+    def subjects(
+        self, probes: Sequence[Probe], reference: ReferenceRun, merge: Mapping[str, Share]
+    ) -> Iterator[SubjectReport]:
+        """Judge what is not quantised."""
+        for runs in self._runs.values():
+            yield from graph_subjects(runs, probes, reference, merge)
+
+    def reports(
+        self, probes: Sequence[Probe], reference: ReferenceRun, reloaded: Outputs | None
+    ) -> Iterator[QuantisedReport]:
+        """Judge what is."""
+        for entry in self._quantised:
+            plain = self._runs[entry.plain] if entry.plain is not None else None
+            runs = self._quantised_runs[entry.name]
+            yield quantised_report(entry, runs, plain, probes, reference, reloaded)
 
 
 def _measure(
@@ -78,32 +119,30 @@ def _measure(
     merged: Checkpoint,
     architecture: Architecture,
     probes: Sequence[Probe],
-    graphs: Graphs | None,
+    exports: _Exports,
     advance: Callable[[int], None],
 ) -> ParityReport:
     adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
     dtypes = DTypes.of(merged.tensors, adapted)
-    runs = run_all(graphs, probes) if graphs is not None else None
-    graph_dtype = runs.dtype if runs is not None else None
+    graph_dtypes = exports.run(probes)
     try:
-        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtype=graph_dtype)
+        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtypes=graph_dtypes)
     except EvidenceError as error:
         return _unmeasured(f"the base cannot be run: {error.message}", "")
     if isinstance(reference, Absence):
         return _unmeasured(reference.reason, reference.hint)
     shares = merge_share(reference.roundings, dtypes.usual.long_name)
-    subjects = [_reloaded(merged, architecture, probes, reference, shares)]
+    reloaded, outputs = _reloaded(merged, architecture, probes, reference, shares)
     advance(plan.n_bytes)
-    if runs is not None:
-        subjects += graph_subjects(runs, probes, reference, shares)
-    power = _power(reference, subjects)
+    subjects = (reloaded, *exports.subjects(probes, reference, shares))
     report = ParityReport(
         verdict=Verdict.PASS,
         reference=f"{architecture.name}, float32, {reference.source}",
         is_independent=reference.is_independent,
         dtype=dtypes.usual.long_name,
-        subjects=tuple(subjects),
-        power=power,
+        subjects=subjects,
+        quantised=tuple(exports.reports(probes, reference, outputs)),
+        power=_power(reference, subjects),
         effect=reference.effect,
         magnitudes=reference.magnitudes,
         probes={probe.name: probe.description for probe in probes},
@@ -116,8 +155,9 @@ def _measure(
 
 def judged(report: ParityReport) -> ParityReport:
     """Give a report its verdict: one failure fails; without power, or with anything unmeasured, it is inconclusive."""
-    failed = [subject for subject in report.subjects if subject.verdict is Verdict.FAIL]
-    open_ones = [subject for subject in report.subjects if subject.verdict is Verdict.INCONCLUSIVE]
+    judged_ones: tuple[SubjectReport | QuantisedReport, ...] = (*report.subjects, *report.quantised)
+    failed = [subject for subject in judged_ones if subject.verdict is Verdict.FAIL]
+    open_ones = [subject for subject in judged_ones if subject.verdict is Verdict.INCONCLUSIVE]
     if failed:
         reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in failed)
         return replace(report, verdict=Verdict.FAIL, reason=reasons)
@@ -141,15 +181,17 @@ def _reloaded(
     probes: Sequence[Probe],
     reference: ReferenceRun,
     shares: Mapping[str, Share],
-) -> SubjectReport:
+) -> tuple[SubjectReport, Outputs | None]:
+    """Judge the merged checkpoint; gives its outputs, too, where it ran."""
     name = "merged checkpoint, reloaded"
     try:
         with as_folder(merged) as folder:
             found = run_reloaded(folder, architecture.name, probes)
     except EvidenceError as error:
-        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts={})
+        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts={}), None
     except InconclusiveError as error:
-        return SubjectReport(name=name, verdict=Verdict.INCONCLUSIVE, reason=error.message, by_probe={}, facts={})
+        report = SubjectReport(name=name, verdict=Verdict.INCONCLUSIVE, reason=error.message, by_probe={}, facts={})
+        return report, None
     facts = {
         "load_seconds": found.load_seconds,
         "run_seconds": found.run_seconds,
@@ -158,9 +200,10 @@ def _reloaded(
     lost = [entry for entry in found.missing if entry not in reference.missing]
     if lost:
         reason = f"{len(lost)} parameters are missing, first {lost[0]}"
-        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=reason, by_probe={}, facts=facts)
+        report = SubjectReport(name=name, verdict=Verdict.FAIL, reason=reason, by_probe={}, facts=facts)
+        return report, found.outputs
     tolerances = {output: Tolerance(output=output, shares=(share,)) for output, share in shares.items()}
-    return compare_subject(name, found.outputs, reference.outputs, tolerances, facts)
+    return compare_subject(name, found.outputs, reference.outputs, tolerances, facts), found.outputs
 
 
 def _power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[Power, ...]:

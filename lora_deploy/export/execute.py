@@ -16,8 +16,9 @@ from typing import Any
 from lora_deploy.artifact import Artifact, cached_sha256, remember_sha256
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError, OutputExistsError
-from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
+from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of, recorded_graph
 from lora_deploy.export.plan import ExportPlan
+from lora_deploy.export.quantise import quantise
 from lora_deploy.export.record import RECORD_NAME, SCHEMA, ExportRecord, compose, digest_of, read_record
 from lora_deploy.export.shared import Shared, share
 from lora_deploy.export.sources import CheckpointSource
@@ -50,7 +51,9 @@ def default_output(plan: ExportPlan) -> Path:
     source = plan.source
     if not isinstance(source, CheckpointSource):
         raise ExportError("an export from adapter and base needs a place", hint="-o OUT")
-    return source.checkpoint.root if plan.options.storage == "shared" else source.checkpoint.root / "onnx"
+    if plan.options.storage == "shared":
+        return source.checkpoint.root
+    return source.checkpoint.root / (f"onnx-{plan.options.quantize}" if plan.options.quantize else "onnx")
 
 
 def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = None) -> Exported:
@@ -121,10 +124,16 @@ def _write(
     progress: Progress | None,
 ) -> ExportRecord:
     """Write graphs, weights, travelling files and at last the record."""
-    shared = share(plan.source, graphs) if plan.options.storage == "shared" else Shared.nothing(graphs)
+    shared, quantised, described = Shared.nothing(graphs), None, dict(graphs.graphs)
+    if plan.options.storage == "shared":
+        shared = share(plan.source, graphs)
+    elif plan.quantisation is not None:
+        shared, quantised = quantise(graphs, plan.quantisation)
     artifacts = write_weights(plan.source, graphs, shared.table, folder, progress)
     for name, content in shared.graphs.items():
         artifacts.append(write_file(folder / name, content, (), root=folder))
+    if quantised is not None:
+        described = {name: recorded_graph(folder / graph.file) for name, graph in described.items()}
     artifacts.append(write_file(folder / TABLE_NAME, shared.table.text().encode(), (), root=folder))
     if plan.options.storage != "shared":
         artifacts += _travelling(plan, graphs, folder)
@@ -135,10 +144,11 @@ def _write(
         source=dict(identity["source"]),
         options=plan.settings,
         opset=graphs.opset,
-        graphs=dict(graphs.graphs),
+        graphs=described,
         binding_table=TABLE_NAME,
         shared_share=shared.share,
-        versions=dict(graphs.versions),
+        quantised=quantised,
+        versions={**graphs.versions, **plan.quantisers},
         findings=tuple(
             RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
             for f in (*plan.findings, *graphs.findings)

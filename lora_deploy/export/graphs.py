@@ -146,7 +146,7 @@ def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progr
     (made / TABLE_NAME).write_text(table.text())
     about: dict[str, Any] = {
         "metadata": metadata,
-        "graphs": {name: _recorded(made / part.file).model_dump() for name, part in table.components.items()},
+        "graphs": {name: recorded_graph(made / part.file).model_dump() for name, part in table.components.items()},
         "opset": opset_of(made / next(iter(table.components.values())).file),
         "companions": sorted(companions),
         "versions": dict(blueprint.versions),
@@ -156,7 +156,12 @@ def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progr
     (made / _ABOUT_NAME).write_text(json.dumps(about, indent=1, sort_keys=True))
 
 
-def _recorded(path: Path) -> RecordedGraph:
+def recorded_graph(path: Path) -> RecordedGraph:
+    """What a record says of a graph file.
+
+    Raises:
+        InputError: The file is no ONNX graph.
+    """
     inputs, outputs = ([RecordedPort(name=n, dtype=d, shape=s) for n, d, s in ports] for ports in ports_of(path))
     return RecordedGraph(file=path.name, canonical=canonical_digest(path), inputs=tuple(inputs), outputs=tuple(outputs))
 
