@@ -37,6 +37,11 @@ from lora_deploy.merge.budget import available_bytes
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
 
+_COARSE = (
+    "quantise in a finer format (--quantize int8-blockwise, --block-size 16), or not at all; "
+    "or give --probes that the adapter was trained for"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityOptions:
@@ -160,7 +165,8 @@ def judged(report: ParityReport) -> ParityReport:
     open_ones = [subject for subject in judged_ones if subject.verdict is Verdict.INCONCLUSIVE]
     if failed:
         reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in failed)
-        return replace(report, verdict=Verdict.FAIL, reason=reasons)
+        hint = "" if any(subject in report.subjects for subject in failed) else _COARSE
+        return replace(report, verdict=Verdict.FAIL, reason=reasons, hint=hint)
     if report.magnitudes is not None and report.magnitudes.verdict is Verdict.FAIL:
         hint = "merge with --dtype bfloat16 or --dtype base"
         return replace(report, verdict=Verdict.FAIL, reason=report.magnitudes.warning, hint=hint)

@@ -7,8 +7,8 @@ Three methods, all of them onnxruntime's own:
     int8             dynamic: weights of 8 bits with one scale a column, activations quantised while the graph runs:
                      ``MatMulInteger``
 
-The dynamic one is what many tools call int8. It is far worse than the blocks: on SmolLM2-135M it loses some 200 times
-as much, because a few large activations leave no bits for the others.
+The dynamic one is what many tools call int8. It is far worse than the blocks: on SmolLM2-135M it loses some 70 times as
+much, because a few large activations leave no bits for the others.
 """
 
 from __future__ import annotations
