@@ -20,6 +20,7 @@ OPTIONS = {
     | BIND
     | SHOWN
     | {"--onnx", "-o", "--output", "--adapter", "--dtype", "--provider", "--weights", "--layout", "--maker"}
+    | {"--quantize", "--block-size", "--symmetric"}
     | {"--device", "--memory", "--dry-run", "--fresh"},
     "try": SHOWN | {"--max-tokens", "--raw"},
     "verify": READ
