@@ -38,7 +38,6 @@ from lora_deploy.evidence.bench import bench
 from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.gather import gather
 from lora_deploy.evidence.options import VerifyOptions
-from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.adapter_file import SUFFIX as ADAPTER_SUFFIX
 from lora_deploy.export.adding import add_adapters, multi_lora_of
@@ -239,7 +238,7 @@ def export(  # noqa: PLR0913 - what merge takes, and what export takes
     """Make ONNX graphs of a merged folder, or of adapters and their base without a merged checkpoint on disk.
 
     Without a folder and without adapters it is the current folder, if that holds our record. ``output`` defaults to
-    ``<folder>/onnx``.
+    ``<folder>/onnx``, or ``<folder>/onnx-int4`` and the like where weights are quantised.
 
     Raises:
         ExportError: The graphs cannot be made, or their weights not be explained; or an option cannot be had.
@@ -465,16 +464,15 @@ def require_pass(found: Evidence, folder: Reference) -> None:
     """
     if found.verdict is Verdict.PASS:
         return
-    said = {check: report for check, report in found.checks.items() if not isinstance(report, NotApplicable)}
-    for check, report in said.items():
+    for check, report in found.reports:
         if report.verdict is Verdict.FAIL:
             problem, error = _FAILURES[check]
             raise error(f"{fspath(folder)}: {problem}: {report.reason}", hint=report.hint or None)
-    unclear = {check: report for check, report in said.items() if report.verdict is Verdict.INCONCLUSIVE}
+    unclear = [(check, report) for check, report in found.reports if report.verdict is Verdict.INCONCLUSIVE]
     if not unclear:
         raise InconclusiveError(f"{fspath(folder)}: nothing was checked")
-    reasons = "; ".join(f"{check}: {report.reason}" for check, report in unclear.items())
-    hint = next((report.hint for report in unclear.values() if report.hint), None)
+    reasons = "; ".join(f"{check}: {report.reason}" for check, report in unclear)
+    hint = next((report.hint for _, report in unclear if report.hint), None)
     raise InconclusiveError(f"{fspath(folder)}: could not be verified: {reasons}", hint=hint)
 
 

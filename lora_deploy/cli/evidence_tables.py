@@ -10,8 +10,10 @@ from lora_deploy.cli.numbers import format_number, format_seconds, format_size
 
 if TYPE_CHECKING:
     from lora_deploy.cli.screen import Screen
+    from lora_deploy.evidence.divergence import Divergence
     from lora_deploy.evidence.dossier import Evidence
     from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
+    from lora_deploy.evidence.quantised_report import QuantisedReport
     from lora_deploy.evidence.replay import ReplayReport
     from lora_deploy.evidence.tolerance import Power
 
@@ -36,11 +38,14 @@ def show_evidence(screen: Screen, found: Evidence, folder: Path) -> None:
 
     if isinstance(found.replay, ReplayReport):
         _show_replay(screen, found.replay)
-    if isinstance(found.parity, ParityReport) and found.parity.subjects:
+    if isinstance(found.parity, ParityReport) and (found.parity.subjects or found.parity.quantised):
         _show_parity(screen, found.parity)
     if isinstance(found.latency, LatencyReport):
         screen.line("latency")
         screen.fields(latency_rows(found.latency))
+    for name, report in found.quantised_latency.items():
+        screen.line(f"latency of {name}: {report.verdict.value}")
+        screen.fields(latency_rows(report))
 
 
 def _show_replay(screen: Screen, report: ReplayReport) -> None:
@@ -79,6 +84,8 @@ def _show_parity(screen: Screen, report: ParityReport) -> None:
         screen.line(f"  {subject.name}: {subject.verdict.value}")
         for line in _figures(subject):
             screen.line(f"    {line}")
+    for quantised in report.quantised:
+        _show_quantised(screen, quantised)
 
     if left_out:
         screen.line(f"  … and {left_out} more, further within their tolerance (--json lists all)")
@@ -116,3 +123,29 @@ def _figures(subject: SubjectReport) -> Iterator[str]:
             f"greedy decoding: {len(subject.greedy) - len(turned)} of {len(subject.greedy)} continuations the same"
             + ("".join(f"; token {entry.first_difference} turned at a lead of {entry.margin:.2g}" for entry in turned))
         )
+
+
+def _show_quantised(screen: Screen, report: QuantisedReport) -> None:
+    sizes = report.n_bytes
+    beside = f", of {format_size(sizes['plain'])}" if "plain" in sizes else ""
+    screen.line(f"  {report.name}: {report.verdict.value}, {format_size(sizes['quantised'])}{beside}")
+    for loss in report.losses:
+        screen.line(f"    {loss.run}, {loss.output}: {loss.whole.measure} from unmerged {_mean_and_most(loss.whole)}")
+        for name, found in (
+            ("merge", loss.merge),
+            ("export", loss.export),
+            ("quantise", loss.quantise),
+            ("the base's quantise", loss.base),
+            ("the adapter's effect", loss.effect),
+        ):
+            screen.line(f"      {name:20}  {_mean_and_most(found)}")
+        left = loss.survival
+        screen.line(
+            f"      {'what is left of it':20}  {left.share:.0%}: "
+            f"cosine {left.cosine:.3f}, norm ratio {format_number(left.norm_ratio)}"
+        )
+
+
+def _mean_and_most(found: Divergence) -> str:
+    top = "" if found.top1 is None else f", top-1 {found.top1:.1%}"
+    return f"mean {format_number(found.mean)}, max {format_number(found.largest)}{top}"

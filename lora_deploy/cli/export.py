@@ -18,15 +18,18 @@ from lora_deploy.export.options import (
     LAYOUT_CHOICES,
     MAKER_CHOICES,
     PROVIDER_CHOICES,
+    QUANTIZE_CHOICES,
     STORAGE_CHOICES,
     ExportOptions,
 )
 from lora_deploy.merge.options import MergeOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lora_deploy.export.execute import Exported
     from lora_deploy.export.plan import ExportPlan
-    from lora_deploy.export.record import RecordedAdapter
+    from lora_deploy.export.record import RecordedAdapter, RecordedQuantisation
 
 
 def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
@@ -49,7 +52,7 @@ def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
     "--output",
     type=click.Path(path_type=Path),
     metavar="OUT",
-    help="Folder of the export. Default: MERGED/onnx.",
+    help="Folder of the export. Default: MERGED/onnx; MERGED/onnx-int4 for --quantize int4, and so on.",
 )
 @click.option(
     "--adapter",
@@ -87,6 +90,22 @@ def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
     default="transformers",
     show_default=True,
     help="Who is to load it: transformers' ExportedModel, or onnxruntime-genai.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZE_CHOICES),
+    help="Store matrices in fewer bits. int4, int8-blockwise: weights only, in blocks that share a scale; "
+    "int8-blockwise is nearly as exact as float16. int8: dynamic, activations too; it loses far more than "
+    "int8-blockwise, and is for runtimes that want it.",
+)
+@click.option(
+    "--block-size", type=int, metavar="N", help="Weights that share a scale: 16, 32 (default), 64, 128 or 256."
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    "is_symmetric",
+    default=None,
+    help="Whether blocks have no zero point of their own. Default: asymmetric, slightly larger and more exact.",
 )
 @click.option(
     "--maker", type=click.Choice(MAKER_CHOICES), default="auto", show_default=True, help="Who makes the graph."
@@ -140,6 +159,7 @@ def export(
       lora-deploy export 7-merged --onnx --weights shared
       lora-deploy export --onnx --multi-lora --adapter a/7 --adapter a/8 -o many
       lora-deploy export --onnx --multi-lora --adapter a/9 --into many
+      lora-deploy export 7-merged --onnx --quantize int8-blockwise
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
     from lora_deploy.validate import BindOptions
@@ -242,6 +262,7 @@ def _show_plan(screen: Screen, plan: ExportPlan, out: Path) -> None:
             ("graph", "in the cache" if cached else "to be made, which takes minutes"),
             ("weights", f"about {format_size(plan.n_bytes)}, {plan.dtype.long_name}"),
             ("for", f"{plan.options.provider}, {plan.options.layout}"),
+            *([("quantised", f"afterwards, {plan.options.quantize}")] if plan.options.quantize else []),
         ]
     )
     screen.findings(plan.findings)
@@ -261,6 +282,7 @@ def _show(screen: Screen, exported: Exported) -> None:
             "opset": record.opset,
             "graphs": record.graphs,
             "shared_share": record.shared_share,
+            "quantised": record.quantised,
             "n_bytes": n_bytes,
             "artifacts": record.artifacts,
             "findings": record.findings,
@@ -282,6 +304,8 @@ def _show(screen: Screen, exported: Exported) -> None:
     if record.multi_lora is not None:
         rows.append(("inputs", f"of any rank, matrices: {len(record.multi_lora.inputs)}"))
         rows += [(name, _adapter_row(adapter)) for name, adapter in record.multi_lora.adapters.items()]
+    if record.quantised is not None:
+        rows += _quantised_rows(record.quantised, record.options["quantisation"]["method"])
     screen.fields(rows)
     own = [] if record.multi_lora is None else [f for a in record.multi_lora.adapters.values() for f in a.findings]
     screen.findings(
@@ -293,3 +317,15 @@ def _show(screen: Screen, exported: Exported) -> None:
 def _adapter_row(adapter: RecordedAdapter) -> str:
     ranks = sorted({factors.rank for factors in adapter.factors.values()})
     return f"{adapter.file}: rank {', '.join(map(str, ranks))}, matrices: {len(adapter.factors)}"
+
+
+def _quantised_rows(quantised: RecordedQuantisation, method: str) -> Iterator[tuple[str, str]]:
+    """What became smaller, and the largest of what did not."""
+    before, after = format_size(quantised.n_bytes_before), format_size(quantised.n_bytes)
+    n_quantised = sum(weight.is_quantised for weight in quantised.weights)
+    yield "quantised", f"{n_quantised} of {len(quantised.weights)} weights to {method}: {before} became {after}"
+    kept = [weight for weight in quantised.weights if weight.n_bytes >= weight.n_bytes_before]
+    if kept:
+        largest = max(kept, key=lambda weight: weight.n_bytes_before)
+        size = format_size(sum(weight.n_bytes_before for weight in kept))
+        yield "kept", f"{size} stay as they are; the largest is {largest.initializer}"

@@ -79,6 +79,9 @@ def verify(
              every output within a tolerance that is measured, not chosen
     latency  the merged ONNX graph takes the time of the base's
 
+    Graphs in DIR/onnx are checked with the rest; quantised ones in DIR/onnx-int4 and the like by what quantising costs
+    beside what the adapter does.
+
     A check without a subject (no graphs, no architecture) is not applicable and spoils nothing. Every figure goes to
     DIR/evidence.json. Checkpoints of other tools (PEFT, mergekit …) need --adapter; there, every known order of
     rounding is accepted.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ class Evidence:
     replay: ReplayReport | NotApplicable
     parity: ParityReport | NotApplicable
     latency: LatencyReport | NotApplicable
+    quantised_latency: Mapping[str, LatencyReport] = field(default_factory=dict)
+    """Of quantised exports, by folder: merged beside base, both quantised."""
+
+    @property
+    def reports(self) -> tuple[tuple[Check, ReplayReport | ParityReport | LatencyReport], ...]:
+        """Everything that was checked, with what it was checked for."""
+        said = (*self.checks.items(), *((Check.LATENCY, report) for report in self.quantised_latency.values()))
+        return tuple((check, report) for check, report in said if not isinstance(report, NotApplicable))
 
     @property
     def checks(self) -> dict[Check, ReplayReport | ParityReport | LatencyReport | NotApplicable]:
@@ -42,7 +51,7 @@ class Evidence:
     @property
     def verdict(self) -> Verdict:
         """Sum up."""
-        verdicts = {report.verdict for report in self.checks.values() if not isinstance(report, NotApplicable)}
+        verdicts = {report.verdict for _, report in self.reports}
         for verdict in (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.PASS):
             if verdict in verdicts:
                 return verdict
@@ -51,6 +60,9 @@ class Evidence:
     def to_json(self) -> dict[str, Any]:
         """The whole of ``evidence.json``; infinities and NaN are null."""
         reports = {check.value: report.to_json() for check, report in self.checks.items()}
+        quantised = {name: report.to_json() for name, report in self.quantised_latency.items()}
+        if quantised:
+            reports["quantised_latency"] = quantised
         document: dict[str, Any] = _plain({"schema": SCHEMA, "verdict": self.verdict.value, **reports})
         return document
 

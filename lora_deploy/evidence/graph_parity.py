@@ -57,8 +57,8 @@ class GraphRuns:
         return self.merged.dtype if isinstance(self.merged, OnnxRun) else None
 
 
-def run_all(graphs: Graphs, probes: Sequence[Probe]) -> GraphRuns:
-    """Run the merged graphs, and the base's where there is one.
+def run_all(graphs: Graphs, probes: Sequence[Probe], *, only_prefill_base: bool = True) -> GraphRuns:
+    """Run the merged graphs, and the base's where there is one: all of it, or only reading whole texts.
 
     Raises:
         RecipeError: No provider has that name.
@@ -72,9 +72,8 @@ def run_all(graphs: Graphs, probes: Sequence[Probe]) -> GraphRuns:
     if graphs.base is None:
         return GraphRuns(merged=merged)
     try:
-        return GraphRuns(
-            merged=merged, base=run_graphs(graphs.base, probes, provider=graphs.provider, only_prefill=True)
-        )
+        base = run_graphs(graphs.base, probes, provider=graphs.provider, only_prefill=only_prefill_base)
+        return GraphRuns(merged=merged, base=base)
     except (EvidenceError, InconclusiveError) as error:
         return GraphRuns(merged=merged, base_problem=error.message)
 
@@ -123,7 +122,7 @@ def _by_batch(run: OnnxRun, probes: Sequence[Probe]) -> dict[str, list[str]]:
 
 def _export_share(runs: GraphRuns, reference: ReferenceRun) -> dict[str, Share]:
     if runs.base is not None:
-        found = join(compare_outputs(reference.base, runs.base.prefill))
+        found = join(compare_outputs(reference.base[runs.base.dtype], runs.base.prefill))
         source = "the base's graph against the base in torch, at the same stored weights"
         return single_share("export", found, source)
     return single_share("arithmetic", reference.arithmetic, "the base in float32 against float64")

@@ -9,22 +9,28 @@ cannot be run is said, not guessed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import EvidenceError, InconclusiveError
 from lora_deploy.evidence.architecture import Absence, Architecture, find_architecture
 from lora_deploy.evidence.chanced import DTypes
 from lora_deploy.evidence.conventions import Conventions
-from lora_deploy.evidence.graph_parity import Graphs, graph_subjects, run_all
+from lora_deploy.evidence.forward import Outputs
+from lora_deploy.evidence.graph_parity import GraphRuns, Graphs, graph_subjects, run_all
 from lora_deploy.evidence.layerwise import NOTE, layerwise_bytes, run_layerwise
 from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.magnitude import RangeReport
 from lora_deploy.evidence.outcome import NotApplicable
 from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
 from lora_deploy.evidence.probe import SEED, Probe, make_probes
+from lora_deploy.evidence.quantised_graphs import QuantisedGraphs
+from lora_deploy.evidence.quantised_parity import quantised_report, run_quantised
+from lora_deploy.evidence.quantised_report import QuantisedReport
 from lora_deploy.evidence.reference_run import N_PASSES, ReferenceRun, needed_bytes, run_reference
 from lora_deploy.evidence.reload import run_reloaded
 from lora_deploy.evidence.subject import compare_subject
@@ -44,6 +50,10 @@ _GRAPHS_LEFT_OUT = SubjectReport(
     by_probe={},
     facts={},
 )
+_COARSE = (
+    "quantise in a finer format (--quantize int8-blockwise, --block-size 16), or not at all; "
+    "or give --probes that the adapter was trained for"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +72,12 @@ def check_parity(
     options: ParityOptions | None = None,
     *,
     graphs: Graphs | None = None,
+    quantised: Sequence[QuantisedGraphs] = (),
     progress: Progress | None = None,
 ) -> ParityReport | NotApplicable:
-    """Compare a merged checkpoint and its graphs with the unmerged model; without a checkpoint, the graphs alone.
+    """Compare a merged checkpoint, its graphs and its quantised ones with the unmerged model.
+
+    Without a checkpoint (a direct export), the graphs alone are compared.
 
     Raises:
         InputError: The user's probes cannot be read, or the adapter's file is not the one that was merged.
@@ -75,12 +88,17 @@ def check_parity(
         if not architecture.is_applicable:
             return NotApplicable(reason=architecture.reason)
         return _unmeasured(architecture.reason, architecture.hint)
-    root = merged.root if merged is not None else graphs.merged.root if graphs is not None else Path()
+    if merged is not None:
+        root = merged.root
+    elif graphs is not None:
+        root = graphs.merged.root
+    else:
+        return _unmeasured("a quantised export is compared with merged weights, and there are none", "merge first")
     conventions = Conventions.of(plan.config, root)
     probes = make_probes(plan.config, architecture, conventions=conventions)
     if options is not None and options.probes is not None:
         probes += read_probes(options.probes, root, conventions, architecture)
-    needed, available = needed_bytes(plan, probes), available_bytes()
+    needed, available = needed_bytes(plan, probes, n_graphs=4 * len(quantised)), available_bytes()
     is_too_large = available is not None and needed > available
     if is_too_large or (options is not None and options.layerwise):
         why = f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {(available or 0) / 1e9:.1f} GB are free"
@@ -93,11 +111,11 @@ def check_parity(
             probes,
             progress,
             why=why if is_too_large else "asked for",
-            has_graphs=bool(graphs),
+            has_graphs=bool(graphs or quantised),
         )
     else:
         with reporting(progress, "measuring parity", (N_PASSES + 1) * plan.n_bytes) as advance:
-            report = _measure(plan, merged, architecture, probes, graphs, advance)
+            report = _measure(plan, merged, architecture, probes, _Exports(graphs, quantised), advance)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -140,37 +158,73 @@ def _layer_by_layer(
     return judged(report)
 
 
+class _Exports:
+    """Every export that is compared; each is run once."""
+
+    def __init__(self, graphs: Graphs | None, quantised: Sequence[QuantisedGraphs]) -> None:
+        self._quantised = quantised
+        self._plain = list(dict.fromkeys([graphs, *(entry.plain for entry in quantised)]))
+        self._runs: dict[Graphs, GraphRuns] = {}
+        self._quantised_runs: dict[str, GraphRuns] = {}
+
+    def run(self, probes: Sequence[Probe]) -> frozenset[torch.dtype]:
+        """Run them all; gives the formats that they compute in."""
+        only_prefill_base = not self._quantised
+        self._runs = {g: run_all(g, probes, only_prefill_base=only_prefill_base) for g in self._plain if g is not None}
+        self._quantised_runs = {entry.name: run_quantised(entry, probes) for entry in self._quantised}
+        runs = (*self._runs.values(), *self._quantised_runs.values())
+        return frozenset(run.dtype for run in runs if run.dtype is not None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was not run, and why."""
+        return tuple(note for run in (*self._runs.values(), *self._quantised_runs.values()) for note in run.notes)
+
+    def subjects(
+        self, probes: Sequence[Probe], reference: ReferenceRun, merge: Mapping[str, Share]
+    ) -> Iterator[SubjectReport]:
+        """Judge what is not quantised."""
+        for runs in self._runs.values():
+            yield from graph_subjects(runs, probes, reference, merge)
+
+    def reports(self, reference: ReferenceRun, reloaded: Outputs | None) -> Iterator[QuantisedReport]:
+        """Judge what is."""
+        for entry in self._quantised:
+            plain = self._runs[entry.plain] if entry.plain is not None else None
+            runs = self._quantised_runs[entry.name]
+            yield quantised_report(entry, runs, plain, reference, reloaded)
+
+
 def _measure(
     plan: MergePlan,
     merged: Checkpoint | None,
     architecture: Architecture,
     probes: Sequence[Probe],
-    graphs: Graphs | None,
+    exports: _Exports,
     advance: Callable[[int], None],
 ) -> ParityReport:
     adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
     stored = merged.tensors if merged is not None else {tensor.spec.name: tensor.spec for tensor in plan.tensors}
     dtypes = DTypes.of(stored, adapted)
-    runs = run_all(graphs, probes) if graphs is not None else None
-    graph_dtype = runs.dtype if runs is not None else None
+    graph_dtypes = exports.run(probes)
     try:
-        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtype=graph_dtype)
+        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtypes=graph_dtypes)
     except EvidenceError as error:
         return _unmeasured(f"the base cannot be run: {error.message}", "")
     if isinstance(reference, Absence):
         return _unmeasured(reference.reason, reference.hint)
     shares = merge_share(reference.roundings, dtypes.usual.long_name)
-    subjects = [] if merged is None else [_reloaded(merged, architecture, probes, reference, shares)]
+    reloaded, outputs = (None, None) if merged is None else _reloaded(merged, architecture, probes, reference, shares)
     advance(plan.n_bytes)
-    if runs is not None:
-        subjects += graph_subjects(runs, probes, reference, shares)
+    subjects = (*([reloaded] if reloaded else []), *exports.subjects(probes, reference, shares))
     power = _power(reference, subjects)
     report = ParityReport(
         verdict=Verdict.PASS,
         reference=f"{architecture.name}, float32, {reference.source}",
         is_independent=reference.is_independent,
         dtype=dtypes.usual.long_name,
-        subjects=tuple(subjects),
+        subjects=subjects,
+        quantised=tuple(exports.reports(reference, outputs)),
         power=power,
         effect=reference.effect,
         magnitudes=reference.magnitudes,
@@ -180,7 +234,7 @@ def _measure(
             *_notes(reference.magnitudes, is_independent=reference.is_independent),
             *_blind(power),
             *_unseen(architecture, plan, probes),
-            *(runs.notes if runs is not None else ()),
+            *exports.notes,
         ),
         versions=versions(),
     )
@@ -189,11 +243,13 @@ def _measure(
 
 def judged(report: ParityReport) -> ParityReport:
     """Give a report its verdict: one failure fails; without power, or with anything unmeasured, it is inconclusive."""
-    failed = [subject for subject in report.subjects if subject.verdict is Verdict.FAIL]
-    open_ones = [subject for subject in report.subjects if subject.verdict is Verdict.INCONCLUSIVE]
+    judged_ones: tuple[SubjectReport | QuantisedReport, ...] = (*report.subjects, *report.quantised)
+    failed = [subject for subject in judged_ones if subject.verdict is Verdict.FAIL]
+    open_ones = [subject for subject in judged_ones if subject.verdict is Verdict.INCONCLUSIVE]
     if failed:
         reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in failed)
-        return replace(report, verdict=Verdict.FAIL, reason=reasons)
+        hint = "" if any(subject in report.subjects for subject in failed) else _COARSE
+        return replace(report, verdict=Verdict.FAIL, reason=reasons, hint=hint)
     if report.magnitudes is not None and report.magnitudes.verdict is Verdict.FAIL:
         hint = "merge with --dtype bfloat16 or --dtype base"
         return replace(report, verdict=Verdict.FAIL, reason=report.magnitudes.warning, hint=hint)
@@ -214,15 +270,17 @@ def _reloaded(
     probes: Sequence[Probe],
     reference: ReferenceRun,
     shares: Mapping[str, Share],
-) -> SubjectReport:
+) -> tuple[SubjectReport, Outputs | None]:
+    """Judge the merged checkpoint; gives its outputs, too, where it ran."""
     name = "merged checkpoint, reloaded"
     try:
         with as_folder(merged) as folder:
             found = run_reloaded(folder, architecture.name, probes)
     except EvidenceError as error:
-        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts={})
+        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts={}), None
     except InconclusiveError as error:
-        return SubjectReport(name=name, verdict=Verdict.INCONCLUSIVE, reason=error.message, by_probe={}, facts={})
+        report = SubjectReport(name=name, verdict=Verdict.INCONCLUSIVE, reason=error.message, by_probe={}, facts={})
+        return report, None
     facts = {
         "load_seconds": found.load_seconds,
         "run_seconds": found.run_seconds,
@@ -231,9 +289,10 @@ def _reloaded(
     lost = [entry for entry in found.missing if entry not in reference.missing]
     if lost:
         reason = f"{len(lost)} parameters are missing, first {lost[0]}"
-        return SubjectReport(name=name, verdict=Verdict.FAIL, reason=reason, by_probe={}, facts=facts)
+        report = SubjectReport(name=name, verdict=Verdict.FAIL, reason=reason, by_probe={}, facts=facts)
+        return report, found.outputs
     tolerances = {output: Tolerance(output=output, shares=(share,)) for output, share in shares.items()}
-    return compare_subject(name, found.outputs, reference.outputs, tolerances, facts)
+    return compare_subject(name, found.outputs, reference.outputs, tolerances, facts), found.outputs
 
 
 def _power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[Power, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_deploy.evidence.divergence import Divergence
 from lora_deploy.evidence.magnitude import RangeReport
+from lora_deploy.evidence.quantised_report import QuantisedReport
 from lora_deploy.evidence.tolerance import Power, Tolerance
 from lora_deploy.evidence.verdict import Verdict
 
@@ -80,6 +81,8 @@ class ParityReport:
     dtype: str = ""
     """Format that most adapted weights are stored in."""
     subjects: tuple[SubjectReport, ...] = ()
+    quantised: tuple[QuantisedReport, ...] = ()
+    """Exports that no tolerance of rounding holds for."""
     power: tuple[Power, ...] = ()
     effect: tuple[Divergence, ...] = ()
     """Unmerged against base: what the adapter does."""
@@ -106,6 +109,7 @@ class ParityReport:
             "power": [entry.to_json() for entry in self.power],
             "effect": effect,
             "subjects": [subject.to_json() for subject in self.subjects],
+            "quantised": [entry.to_json() for entry in self.quantised],
             "float16_range": self.magnitudes.to_json() if self.magnitudes else None,
             "probes": dict(self.probes),
             "seed": self.seed,

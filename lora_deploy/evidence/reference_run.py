@@ -7,6 +7,7 @@ the merged model with weights rounded by chance, seed by seed. All in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,9 @@ class ReferenceRun:
     outputs: Mapping[str, Mapping[str, Tensor]]
     effect: tuple[Divergence, ...]
     """Unmerged against base, by output."""
-    base: Mapping[str, Mapping[str, Tensor]]
-    """The base's outputs, its weights rounded once to the format of the graphs; empty where none is compared."""
+    base: Mapping[torch.dtype, Mapping[str, Mapping[str, Tensor]]]
+    """The base's outputs by the format that its weights were rounded to once: those of the graphs, and float32; empty
+    where no graph is compared."""
     arithmetic: tuple[Divergence, ...]
     """The base in float32 against float64: what adding in another order may do; empty where no graph is compared."""
     roundings: tuple[tuple[Divergence, ...], ...]
@@ -57,9 +59,9 @@ def run_reference(
     dtypes: DTypes,
     advance: Callable[[int], None],
     *,
-    graph_dtype: torch.dtype | None = None,
+    graph_dtypes: AbstractSet[torch.dtype] = frozenset(),
 ) -> ReferenceRun | Absence:
-    """Run the base, the unmerged model and its roundings; with a graph's format, what its export share needs.
+    """Run the base, the unmerged model and its roundings; with graphs' formats, what their export shares need.
 
     Raises:
         EvidenceError: The base does not load.
@@ -70,7 +72,7 @@ def run_reference(
         model, missing = load_model(folder, architecture.name, **_settings(plan))
     _resize(model, plan)
     base = run_probes(model, probes, greedy=False)
-    stored, arithmetic = _for_graphs(model, probes, base, graph_dtype)
+    stored, arithmetic = _for_graphs(model, probes, base, graph_dtypes)
     advance(n_bytes)
     with unmerged(model, plan) as found:
         if isinstance(found, Absence):
@@ -101,22 +103,22 @@ def _for_graphs(
     model: nn.Module,
     probes: Sequence[Probe],
     base: Mapping[str, Mapping[str, Tensor]],
-    dtype: torch.dtype | None,
-) -> tuple[Mapping[str, Mapping[str, Tensor]], tuple[Divergence, ...]]:
-    """Run the base at the weights that a graph stores, and in float64; the model is float32 as before."""
-    if dtype is None:
+    dtypes: AbstractSet[torch.dtype],
+) -> tuple[Mapping[torch.dtype, Mapping[str, Mapping[str, Tensor]]], tuple[Divergence, ...]]:
+    """Run the base at the weights that graphs store, and in float64; the model is float32 as before."""
+    if not dtypes:
         return {}, ()
     arithmetic = join(compare_outputs(run_probes(model.double(), probes, greedy=False), base))
     model.float()
-    if dtype is torch.float32:
-        return base, arithmetic
+    found = {torch.float32: base}
     saved = {name: parameter.data for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    stored = run_probes(model, probes, greedy=False)
-    for name, parameter in model.named_parameters():
-        parameter.data = saved[name]
-    return stored, arithmetic
+    for dtype in dtypes - found.keys():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        found[dtype] = run_probes(model, probes, greedy=False)
+        for name, parameter in model.named_parameters():
+            parameter.data = saved[name]
+    return found, arithmetic
 
 
 def _rounding(
@@ -144,10 +146,11 @@ def _resize(model: nn.Module, plan: MergePlan) -> None:
         model.resize_token_embeddings(n_tokens, mean_resizing=False)  # type: ignore[operator]
 
 
-def needed_bytes(plan: MergePlan, probes: Sequence[Probe]) -> int:
+def needed_bytes(plan: MergePlan, probes: Sequence[Probe], *, n_graphs: int = 0) -> int:
     """Estimate the memory of a reference run: weights and their roundings in float32, the largest in float64, outputs.
 
-    The vocabulary, where there is one, is taken for the width of every output; four sets of outputs are held.
+    The vocabulary, where there is one, is taken for the width of every output; four sets of outputs are held, and one
+    more for each of so many graphs.
     """
     elements = [tensor.spec.n_elements for tensor in plan.tensors]
     rounded = [tensor.spec.n_elements for tensor in plan.tensors if tensor.updates or plan.dtype is not None]
@@ -157,4 +160,4 @@ def needed_bytes(plan: MergePlan, probes: Sequence[Probe]) -> int:
     n_tokens = Conventions(config=plan.config).text.get("vocab_size", 1)
     width = n_tokens if isinstance(n_tokens, int) else 1
     weights = _FLOAT32_BYTES * (sum(elements) + sum(rounded)) + 3 * 8 * max(elements, default=0)
-    return weights + 4 * _FLOAT32_BYTES * n_positions * width
+    return weights + (4 + n_graphs) * _FLOAT32_BYTES * n_positions * width

@@ -1,7 +1,7 @@
 """Apply a binding table: checkpoint tensors in, an initializer's values out.
 
 Promise: memory is one initializer and one of its tensors. Elements are moved, cast and, for the norms that fold it, one
-constant is added; a value that the wanted format cannot hold is an error.
+constant is added; a value that the wanted format cannot hold is an error. What is quantised is so by ``quantiser``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_deploy.errors import ExportError
-from lora_deploy.export.binding_table import Joined, Kept, Origin, Taken
+from lora_deploy.export.binding_table import Joined, Kept, Origin, Quantised, Taken
+from lora_deploy.export.quantiser import quantised
+from lora_deploy.rounding import torch_dtype
+from lora_deploy.tensors import DType
 
 
 def materialise(origin: Origin, dtype: torch.dtype, tensors: Iterator[Tensor]) -> Tensor:
@@ -29,6 +32,8 @@ def materialise(origin: Origin, dtype: torch.dtype, tensors: Iterator[Tensor]) -
         return _laid(origin, dtype, next(tensors))
     if isinstance(origin, Kept):
         raise ExportError("a constant of the graph comes from no tensor")
+    if isinstance(origin, Quantised):
+        return quantised(materialise(origin.weight, torch_dtype(DType(origin.dtype)), tensors), origin.by)
     joined = torch.empty(shape_of(origin), dtype=dtype)
     start = 0
     for part in origin.parts:
@@ -47,7 +52,7 @@ def shape_of(origin: Taken | Joined) -> tuple[int, ...]:
     """The shape that an origin's values have."""
     if isinstance(origin, Taken):
         return origin.shape
-    shapes = [shape_of(part) for part in origin.parts if not isinstance(part, Kept)]
+    shapes = [shape_of(part) for part in origin.parts if isinstance(part, Taken | Joined)]
     first = list(shapes[0])
     if origin.is_stack:
         first.insert(origin.axis, len(shapes))

@@ -1,8 +1,8 @@
 """The binding table: for every initializer of a graph, which checkpoint tensors it comes from, and how.
 
 Promise: the table explains every byte that is not a constant of the graph. It speaks of names, shapes and layouts only,
-so it holds for every checkpoint of the same base; applying it is arithmetic-free but for casts to a wider format and
-the one addition that some norms fold (``1 + w``).
+so it holds for every checkpoint of the same base; applying it is arithmetic-free but for casts to a wider format, the
+one addition that some norms fold (``1 + w``), and quantisation where that was asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from lora_deploy.export.quantisation import Quantisation
 
 SCHEMA: Literal[1] = 1
 PAGE_BYTES = 4096
@@ -55,7 +57,25 @@ class Kept(_Frozen):
     sha256: str
 
 
-Origin: TypeAlias = Annotated[Taken | Joined | Kept, Field(discriminator="how")]
+class Quantised(_Frozen):
+    """A weight in packed form: all that its quantiser makes of it, in one piece."""
+
+    how: Literal["quantised"] = "quantised"
+    weight: Annotated[Taken | Joined, Field(discriminator="how")]
+    dtype: str
+    """Safetensors name of the format that the weight has before."""
+    by: Quantisation
+
+
+class Span(_Frozen):
+    """A part of a slot."""
+
+    start: int
+    """First byte, from the slot's own first."""
+    n_bytes: int
+
+
+Origin: TypeAlias = Annotated[Taken | Joined | Kept | Quantised, Field(discriminator="how")]
 Joined.model_rebuild()
 
 
@@ -78,6 +98,8 @@ class BoundComponent(_Frozen):
     """The graph."""
     slots: dict[str, int]
     """Initializer to position in the table's slots; several may share one."""
+    spans: dict[str, Span] = {}
+    """Of initializers that are only a part of their slot, which part."""
     constants: dict[str, str]
     """Initializers whose values are in the graph itself, and the sha256 of those."""
 
@@ -131,12 +153,16 @@ def taken_tensors(origin: Origin) -> Iterator[Taken]:
     elif isinstance(origin, Joined):
         for part in origin.parts:
             yield from taken_tensors(part)
+    elif isinstance(origin, Quantised):
+        yield from taken_tensors(origin.weight)
 
 
 def describe(origin: Origin) -> str:
     """Say in a word or two how an initializer comes about."""
     if isinstance(origin, Kept):
         return "constant of the graph"
+    if isinstance(origin, Quantised):
+        return f"{describe(origin.weight)}, {origin.by.method}"
     if isinstance(origin, Joined):
         inner = sorted({describe(part) for part in origin.parts})
         return f"{'stacked' if origin.is_stack else 'concatenated'} ({', '.join(inner)})"

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_deploy.artifact import Artifact, cached_sha256, remember_sha256
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError, OutputExistsError
-from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
+from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of, recorded_graph
 from lora_deploy.export.plan import ExportPlan
+from lora_deploy.export.quantise import quantise
 from lora_deploy.export.record import (
     RECORD_NAME,
     SCHEMA,
     ExportRecord,
+    RecordedQuantisation,
     compose,
     digest_of,
     read_record,
@@ -58,7 +60,9 @@ def default_output(plan: ExportPlan) -> Path:
     source = plan.source
     if not isinstance(source, CheckpointSource):
         raise ExportError("an export from adapter and base needs a place", hint="-o OUT")
-    return source.checkpoint.root if plan.options.storage == "shared" else source.checkpoint.root / "onnx"
+    if plan.options.storage == "shared":
+        return source.checkpoint.root
+    return source.checkpoint.root / (f"onnx-{plan.options.quantize}" if plan.options.quantize else "onnx")
 
 
 def execute_export(plan: ExportPlan, out: Path, *, progress: Progress | None = None) -> Exported:
@@ -145,9 +149,15 @@ def _write(
     progress: Progress | None,
 ) -> ExportRecord:
     """Write graphs, weights, travelling files and at last the record."""
-    shared = share(plan.source, graphs) if plan.options.storage == "shared" else Shared.nothing(graphs)
+    shared, quantised = Shared.nothing(graphs), None
+    if plan.options.storage == "shared":
+        shared = share(plan.source, graphs)
+    elif plan.quantisation is not None:
+        shared, quantised = quantise(graphs, plan.quantisation)
     artifacts = write_files(plan, graphs, shared, folder, progress)
-    record = record_of(plan, graphs, digest, identity, artifacts, shared_share=shared.share)
+    if quantised is not None:
+        graphs = replace(graphs, graphs={n: recorded_graph(folder / graph.file) for n, graph in graphs.graphs.items()})
+    record = record_of(plan, graphs, digest, identity, artifacts, shared_share=shared.share, quantised=quantised)
     write_record(folder, record, plan, graphs)
     return record
 
@@ -173,6 +183,7 @@ def record_of(
     artifacts: Sequence[Artifact],
     *,
     shared_share: float = 0.0,
+    quantised: RecordedQuantisation | None = None,
 ) -> ExportRecord:
     """Say what was exported from what."""
     return ExportRecord(
@@ -186,7 +197,8 @@ def record_of(
         graphs=dict(graphs.graphs),
         binding_table=TABLE_NAME,
         shared_share=shared_share,
-        versions=dict(graphs.versions),
+        quantised=quantised,
+        versions={**graphs.versions, **plan.quantisers},
         findings=recorded_findings((*plan.findings, *graphs.findings)),
         artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts)),
     )

@@ -185,7 +185,11 @@ def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progr
 
 
 def recorded_graph(path: Path) -> RecordedGraph:
-    """Describe a graph file for the record."""
+    """What a record says of a graph file.
+
+    Raises:
+        InputError: The file is no ONNX graph.
+    """
     inputs, outputs = ([RecordedPort(name=n, dtype=d, shape=s) for n, d, s in ports] for ports in ports_of(path))
     return RecordedGraph(file=path.name, canonical=canonical_digest(path), inputs=tuple(inputs), outputs=tuple(outputs))
 

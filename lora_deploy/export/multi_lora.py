@@ -109,6 +109,8 @@ def plan_multi_lora(export: ExportPlan, adapters: Sequence[NamedAdapter], target
     """
     if export.options.storage == "shared":
         raise RecipeError("--multi-lora with --weights shared: its graphs are written beside weights of their own")
+    if export.quantisation is not None:
+        raise RecipeError("--multi-lora with --quantize: a product of packed weights has no inputs for adapters")
     if not adapters and not targets:
         raise RecipeError(
             "--multi-lora: nothing says which matrices get inputs", hint="--adapter ADAPTER, or --targets all-linear"

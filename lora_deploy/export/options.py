@@ -8,6 +8,7 @@ MAKER_CHOICES = ("auto", "transformers", "genai")
 DTYPE_CHOICES = ("float32", "float16", "bfloat16")
 PROVIDER_CHOICES = ("cpu", "cuda")
 STORAGE_CHOICES = ("external", "shared")
+QUANTIZE_CHOICES = ("int4", "int8-blockwise", "int8")
 LAYOUT_CHOICES = ("transformers", "genai")
 
 
@@ -26,5 +27,11 @@ class ExportOptions:
     """``transformers``: what its ``ExportedModel`` loads; ``genai``: what onnxruntime-genai loads."""
     maker: str = "auto"
     """Which graph maker; ``auto`` is the one that the layout needs."""
+    quantize: str | None = None
+    """``int4``, ``int8-blockwise`` or ``int8``: see ``quantisation``; None keeps the graph's own format."""
+    block_size: int | None = None
+    """Weights that share a scale; None is the method's default."""
+    is_symmetric: bool | None = None
+    """Whether blocks have no zero point; None is the method's default."""
     fresh: bool = False
     """Replace another export at the output, after this one succeeded."""

@@ -10,9 +10,11 @@ from lora_deploy.artifact import cached_sha256
 from lora_deploy.errors import ExportError, Finding
 from lora_deploy.export import GRAPH_MAKERS
 from lora_deploy.export.blueprint import Blueprint, blueprint_of
+from lora_deploy.export.extras import installed_version
 from lora_deploy.export.interface import GraphMaker
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.precision import dtype_findings, graph_dtype
+from lora_deploy.export.quantisation import Quantisation, quantisation_of
 from lora_deploy.export.record import digest_of
 from lora_deploy.export.sources import CheckpointSource, WeightSource
 from lora_deploy.merge.progress import Progress
@@ -29,13 +31,22 @@ class ExportPlan:
     maker: GraphMaker
     blueprint: Blueprint
     findings: tuple[Finding, ...]
+    quantisation: Quantisation | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Options as they were resolved."""
         chosen = asdict(self.options)
-        del chosen["fresh"]
-        return {**chosen, "dtype": self.dtype.long_name, "maker": self.maker.name}
+        for name in ("fresh", "quantize", "block_size", "is_symmetric"):
+            del chosen[name]
+        quantised = {"quantisation": self.quantisation.model_dump()} if self.quantisation else {}
+        return {**chosen, "dtype": self.dtype.long_name, "maker": self.maker.name, **quantised}
+
+    @property
+    def quantisers(self) -> dict[str, str]:
+        """Versions of what quantises, which decide its bytes; empty where nothing does."""
+        names = ("onnxruntime", "onnxruntime-gpu") if self.quantisation else ()
+        return {name: found for name in names if (found := installed_version(name)) is not None}
 
     @property
     def n_bytes(self) -> int:
@@ -49,6 +60,7 @@ class ExportPlan:
             "source": self.source.inputs(progress),
             "options": self.settings,
             "config": _digest(self.source.config),
+            **({"quantisers": self.quantisers} if self.quantisation else {}),
             "companions": {name: cached_sha256(path) for name, path in sorted(self.source.companions.items())},
         }
 
@@ -82,6 +94,7 @@ def plan_export(source: WeightSource, options: ExportOptions) -> ExportPlan:
         maker=maker,
         blueprint=blueprint,
         findings=dtype_findings(dtype, options.provider),
+        quantisation=quantisation_of(options, dtype),
     )
 
 

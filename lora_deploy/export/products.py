@@ -10,7 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_deploy.export.binding_table import BindingTable, BoundComponent, Origin, Taken, describe, taken_tensors
+from lora_deploy.export.binding_table import (
+    BindingTable,
+    BoundComponent,
+    Joined,
+    Origin,
+    Taken,
+    describe,
+    taken_tensors,
+)
 from lora_deploy.export.drawn import initializers
 from lora_deploy.tensors import DType, TensorSpec
 
@@ -110,9 +118,10 @@ def _product(
     if odd:
         return f"{node.op_type} reads it with {odd[0]} {_attribute(node, odd[0], 0)}"
     is_turned ^= bool(_attribute(node, "transB", 0))
-    parts = (origin,) if isinstance(origin, Taken) else () if origin.how == "kept" or origin.is_stack else origin.parts
+    joined = origin if isinstance(origin, Joined) and not origin.is_stack else None
+    parts = joined.parts if joined else (origin,) if isinstance(origin, Taken) else ()
     factors = [_factor(part, dtype, specs, is_turned=is_turned) for part in parts]
-    along = 1 if isinstance(origin, Taken) or origin.how == "kept" else origin.axis
+    along = joined.axis if joined else 1
     if not factors or None in factors or (len(factors) > 1 and (along == 1) is is_turned):
         return f"{node.op_type} reads it {describe(origin)}"
     return Product(node=node, factors=tuple(factor for factor in factors if factor is not None))

@@ -105,6 +105,28 @@ class RecordedMultiLora(_Frozen):
     """By name."""
 
 
+class RecordedWeight(_Frozen):
+    """What became of an initializer when the graphs were quantised."""
+
+    graph: str
+    """File of the first graph that reads it."""
+    initializer: str
+    """Its name before."""
+    n_bytes_before: int
+    n_bytes: int
+    is_quantised: bool
+
+
+class RecordedQuantisation(_Frozen):
+    """What quantisation did to the weights; how is said by the options."""
+
+    n_bytes_before: int
+    """Of all weights, once each."""
+    n_bytes: int
+    weights: tuple[RecordedWeight, ...]
+    """All that lie in files of weights."""
+
+
 class ExportRecord(_Frozen):
     """Our part of the record."""
 
@@ -118,7 +140,7 @@ class ExportRecord(_Frozen):
     origin: RecordedOrigin | None = None
     """Of a direct export: what takes the place of a merge record, for planning the same merge again."""
     options: dict[str, Any]
-    """``dtype``, ``provider``, ``storage``, ``layout`` and ``maker``, all resolved."""
+    """``dtype``, ``provider``, ``storage``, ``layout`` and ``maker``, and ``quantisation`` if any, all resolved."""
     opset: int
     graphs: dict[str, RecordedGraph]
     """By component."""
@@ -126,8 +148,10 @@ class ExportRecord(_Frozen):
     """File that says where every initializer comes from."""
     shared_share: float
     """[0..1] Part of the weights' bytes that the graphs read from the merged checkpoint's own files."""
+    quantised: RecordedQuantisation | None = None
+    """None where weights are in the graph's own format."""
     versions: dict[str, str]
-    """Of what made the graphs."""
+    """Of what made the graphs, and quantised them."""
     findings: tuple[RecordedFinding, ...]
     artifacts: tuple[RecordedFile, ...]
     """Every file of the export but this one."""

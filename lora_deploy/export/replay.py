@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_deploy.checkpoint import contained_path
 from lora_deploy.errors import InputError
 from lora_deploy.export.apply import materialise
-from lora_deploy.export.binding_table import BindingTable, BoundComponent, Kept, Slot, describe, taken_tensors
+from lora_deploy.export.binding_table import BindingTable, BoundComponent, Kept, Slot, Span, describe, taken_tensors
 from lora_deploy.export.canonical import load_graph, raw_values
 from lora_deploy.export.graphs import TABLE_NAME
 from lora_deploy.export.sources import WeightSource, require_tensors
@@ -61,7 +61,9 @@ def _misplaced(folder: Path, component: BoundComponent, table: BindingTable) -> 
     for tensor in graph.initializer:
         if tensor.name in component.slots:
             slot = table.slots[component.slots[tensor.name]]
-            expected = {"location": slot.file, "offset": str(slot.offset), "length": str(slot.n_bytes)}
+            span = component.spans.get(tensor.name, Span(start=0, n_bytes=slot.n_bytes))
+            start, length = str(slot.offset + span.start), str(span.n_bytes)
+            expected = {"location": slot.file, "offset": start, "length": length}
             found = {entry.key: entry.value for entry in tensor.external_data if entry.key in expected}
             if {"offset": "0", **found} != expected:
                 yield f"{component.file}: {tensor.name}: is read from {found or 'the graph'}, expected {expected}"

@@ -64,6 +64,29 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(merged: Path) -> None:
     assert "graph    to be made, which takes minutes" in run("export", merged, "--onnx", "--dry-run").stdout
 
 
+@pytest.mark.usefixtures("by_hand")
+def test_a_quantised_export_goes_beside_the_other_and_says_what_became_smaller(merged: Path) -> None:
+    shown = run("export", merged, "--onnx", "--quantize", "int4", "--block-size", 16, "--symmetric")
+    assert shown.exit_code == 0, shown.stderr
+    assert f"exported to {merged / 'onnx-int4'}" in shown.stdout
+    assert "2 of 3 weights to int4: " in shown.stdout
+    assert "24 bytes stay as they are; the largest is norm.weight" in shown.stdout
+    again = document("export", merged, "--onnx", "--quantize", "int4", "--block-size", 16, "--symmetric")
+    assert again["was_done"]
+    assert again["options"]["quantisation"]["is_symmetric"]
+    assert [weight["is_quantised"] for weight in again["quantised"]["weights"]].count(True) == 2
+    planned = run("export", merged, "--onnx", "--quantize", "int8", "--dry-run").stdout
+    assert "afterwards, int8" in planned
+    assert document("export", merged, "--onnx")["output"] == str(merged / "onnx")
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_options_of_quantisation_that_cannot_be_exit_with_6_or_2(merged: Path) -> None:
+    error = document("export", merged, "--onnx", "--quantize", "int4", "--block-size", 24, exit_code=6)["error"]
+    assert error["message"].startswith("--block-size: found 24, expected a power of two")
+    assert run("export", merged, "--onnx", "--quantize", "int3").exit_code == 2
+
+
 def test_an_export_wants_a_format(merged: Path) -> None:
     assert run("export", merged).exit_code == 2
 

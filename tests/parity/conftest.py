@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,14 @@ def run_here(folder: Path, architecture: str, probes: Sequence[Probe]) -> Reload
 def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reload in this process: what a fresh one adds is tested by itself, and takes seconds."""
     monkeypatch.setattr(parity, "run_reloaded", run_here)
+
+
+@pytest.fixture(scope="module")
+def module_in_one_process() -> Iterator[None]:
+    """As ``in_one_process``, for fixtures of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "run_reloaded", run_here)
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

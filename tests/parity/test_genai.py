@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lora_deploy.export.generate import greedy_tokens
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import export, merge, verify
-from tests.parity.exports import contents, export_with, reloaded
+from tests.parity.exports import contents, export_with, opened, reloaded, run
 from tests.peer.models import llama
 from tests.peer.trained import MEMORY_BYTES, Trained, train
 
@@ -90,6 +91,28 @@ def test_the_graph_is_the_bases_here_too(exported: Exported, base: Exported) -> 
     assert base.was_cached
     assert contents(base.root, "*.onnx") == contents(exported.root, "*.onnx")
     assert contents(base.root, "*.data") != contents(exported.root, "*.data")
+
+
+@pytest.fixture(scope="module", params=["int4", "int8-blockwise", "int8"])
+def quantised(merged: Path, exported: Exported, request: pytest.FixtureRequest) -> Exported:
+    return export_with(merged, layout="genai", quantize=request.param)
+
+
+def test_onnxruntime_genai_generates_what_a_quantised_graph_says(quantised: Exported, exported: Exported) -> None:
+    assert quantised.was_cached
+    assert quantised.graphs["model"].read_bytes() != exported.graphs["model"].read_bytes()
+    prompt = [7, 11, 23]
+    found = list(greedy_tokens(quantised.root, quantised.record, prompt, 9))
+    cache = {
+        port.name: np.zeros([1, 2, 0, 16], np.float32)
+        for port in opened(str(quantised.graphs["model"]), 0).get_inputs()
+        if port.name.startswith("past")
+    }
+    for length in range(len(prompt), len(prompt) + len(found)):
+        ids = np.array([(prompt + found)[:length]], np.int64)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **cache}
+        logits = run(quantised.graphs["model"], inputs)["logits"][0, -1]
+        assert float(logits.max() - logits[found[length - len(prompt)]]) < 0.05 * float(logits.max() - logits.min())
 
 
 def test_float16_on_the_cpu_is_refused(trained: Trained, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ OPTIONS = {
     | BIND
     | SHOWN
     | {"--onnx", "-o", "--output", "--adapter", "--dtype", "--provider", "--weights", "--layout", "--maker"}
-    | {"--device", "--memory", "--dry-run", "--fresh", "--multi-lora", "--targets", "--into"},
+    | {"--device", "--memory", "--dry-run", "--fresh", "--multi-lora", "--targets", "--into"}
+    | {"--quantize", "--block-size", "--symmetric"},
     "try": SHOWN | {"--max-tokens", "--raw", "--adapter"},
     "verify": READ
     | BIND
