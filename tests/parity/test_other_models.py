@@ -157,12 +157,13 @@ def test_an_encoder_decoder_answers_token_by_token_as_the_merged_model_does(
 
 def test_an_encoder_decoder_answers_prompts_as_the_merged_model_does(translator: Case) -> None:
     decoder = Decoder(translator.exported.root, translator.exported.record, n_threads=1)
-    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "num_beams": 1}
+    options = {"max_new_tokens": 9, "do_sample": False, "num_beams": 1}
     said = set()
     for seed in range(8):
         prompt = torch.randint(4, 36, (1, 12), generator=torch.Generator().manual_seed(seed))
         found = list(itertools.islice(decoder.tokens(prompt[0].tolist()), 9))
         mask = torch.ones_like(prompt)
-        assert found == translator.model.generate(prompt, attention_mask=mask, **options)[0, 1:].tolist()
+        expected = translator.model.generate(prompt, attention_mask=mask, **options)[0, 1:].tolist()
+        assert found[: len(expected)] == expected, "up to the end's mark, where transformers stops"
         said |= set(found)
     assert len(said) > 2
