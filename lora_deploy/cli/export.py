@@ -118,25 +118,40 @@ def export(
       lora-deploy export --onnx --adapter runs/7 --base owner/name -o 7-onnx
       lora-deploy export 7-merged --onnx --weights shared
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
+    from lora_deploy.export.execute import default_output, execute_export
+
+    plan = _plan(folder, adapters, base, choices, dequantize=dequantize)
+    out = output or default_output(plan)
+    if dry_run:
+        _show_plan(screen, plan, out)
+        return
+    _show(screen, execute_export(plan, out, progress=screen.progress()))
+
+
+def _plan(
+    folder: Path | None, adapters: tuple[str, ...], base: str | None, choices: dict[str, Any], *, dequantize: bool
+) -> ExportPlan:
+    """Plan by the whole pipeline only what needs it: loading it takes longer than binding weights to a known graph."""
+    options = chosen(ExportOptions, choices)
+    if not adapters and base is None:
+        from lora_deploy.export.plan import plan_of_folder
+
+        return plan_of_folder(folder, options)
+
     from lora_deploy import pipeline
     from lora_deploy.validate import BindOptions
 
     merge_choices = {name: value for name, value in choices.items() if name in {"device", "memory_bytes"}}
-    plan = pipeline.plan_of_export(
+    return pipeline.plan_of_export(
         folder,
         adapters=adapters,
         base=base,
         read_options=chosen(ReadOptions, choices),
         bind_options=chosen(BindOptions, choices),
         merge_options=chosen(MergeOptions, merge_choices),
-        export_options=chosen(ExportOptions, choices),
+        export_options=options,
         dequantize=dequantize,
     )
-    out = output or pipeline.default_export(plan)
-    if dry_run:
-        _show_plan(screen, plan, out)
-        return
-    _show(screen, pipeline.execute_export(plan, out, progress=screen.progress()))
 
 
 def _show_plan(screen: Screen, plan: ExportPlan, out: Path) -> None:

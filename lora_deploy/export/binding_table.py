@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA: Literal[1] = 1
+CONSTANTS_NAME = "constants.bin"
+"""Large constants of the graphs, in the cache."""
 PAGE_BYTES = 4096
 """Larger weights begin at a multiple of this, so that they can be mapped."""
 _LINE_BYTES = 64
@@ -131,6 +133,21 @@ def taken_tensors(origin: Origin) -> Iterator[Taken]:
     elif isinstance(origin, Joined):
         for part in origin.parts:
             yield from taken_tensors(part)
+
+
+def shape_of(origin: Origin) -> tuple[int, ...]:
+    """The shape that an origin's values have; a constant's is its slot's."""
+    if isinstance(origin, Taken):
+        return origin.shape
+    if isinstance(origin, Kept):
+        raise TypeError("the shape of a constant is its slot's")
+    shapes = [shape_of(part) for part in origin.parts]
+    first = list(shapes[0])
+    if origin.is_stack:
+        first.insert(origin.axis, len(shapes))
+    else:
+        first[origin.axis] = sum(shape[origin.axis] for shape in shapes)
+    return tuple(first)
 
 
 def describe(origin: Origin) -> str:

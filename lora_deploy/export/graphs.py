@@ -23,7 +23,6 @@ from pydantic import ValidationError
 from lora_deploy.artifact import cache_root, cached_sha256, sha256_of
 from lora_deploy.checkpoint import open_checkpoint
 from lora_deploy.errors import Finding, Severity
-from lora_deploy.export.bind import Binder
 from lora_deploy.export.binding_table import BindingTable
 from lora_deploy.export.blueprint import Blueprint, write_synthetic
 from lora_deploy.export.canonical import canonical_digest, opset_of, ports_of
@@ -118,6 +117,8 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progress: Progress | None) -> None:
+    from lora_deploy.export.bind import Binder
+
     folders = (work / "first", work / "second")
     for folder, seed in zip(folders, _SEEDS, strict=True):
         write_synthetic(blueprint, folder, seed)

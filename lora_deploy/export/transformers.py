@@ -12,16 +12,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.extras import require_transformers_exporters
 from lora_deploy.export.interface import Drawing, GraphTask
 from lora_deploy.export.loading import about, load_model, quiet
-from lora_deploy.export.stages import Stage, stages_of, varying
-from lora_deploy.export.trial import expected_outputs, fault_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_deploy.export.stages import Stage
 
 
 class TransformersMaker:
@@ -50,6 +51,8 @@ class TransformersMaker:
         return companions
 
     def _stages(self, model: Any) -> list[Stage]:  # noqa: ANN401
+        from lora_deploy.export.stages import stages_of
+
         with about(type(model).__name__):
             return list(stages_of(model))
 
@@ -57,6 +60,9 @@ class TransformersMaker:
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
         from transformers.exporters.exporter_onnx import OnnxExporter
+
+        from lora_deploy.export.stages import varying
+        from lora_deploy.export.trial import expected_outputs, fault_of
 
         _refill(model, task, 0)
         register_cache_pytrees_for_model(stage.module)
@@ -168,6 +174,8 @@ def _fused(
     expected: Mapping[str, torch.Tensor],
 ) -> tuple[Any, bool, tuple[Finding, ...]]:
     """Fuse a graph for its provider, and keep the unfused one where that fails."""
+    from lora_deploy.export.trial import fault_of
+
     if task.is_stored:
         return drawn, False, ()
     fused = drawn.clone()
@@ -193,6 +201,8 @@ def _fuse(model: Any, provider: str) -> None:  # noqa: ANN401
 
 def _refill(model: Any, task: GraphTask, seed: int) -> None:  # noqa: ANN401
     """Give the model another set of weights, in place: the traced graph refers to its tensors."""
+    import torch
+
     other = load_model(task.checkpoints[seed], task.dtype)
     with torch.no_grad():
         for name, tensor in other.state_dict().items():
