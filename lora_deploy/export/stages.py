@@ -95,8 +95,33 @@ def _generation_inputs(model: Any, size: SampleSize) -> dict[str, tuple[Any, dic
         prompt = torch.full((size.n_rows, size.n_tokens - 4), 1, dtype=torch.long)
         prompt[:, 0] = start
         inputs["decoder_input_ids"] = prompt
+    inputs |= _whole_cache(model)
     with torch.no_grad():
         return dict(decompose_for_generation(model, copy.deepcopy(inputs)))
+
+
+def _whole_cache(model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """An empty cache that keeps every token, where the model's own keeps a window of them.
+
+    The exporter traces such layers like that, because a cut to the window counts tokens in Python; masks leave out what
+    is outside the window.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if not _has_windows(model.config):
+        return {}
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[number] = DynamicLayer()
+    return {"past_key_values": cache}
+
+
+def _has_windows(config: Any) -> bool:  # noqa: ANN401
+    """Whether layers see a window of what was before."""
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return bool(kinds & {"sliding_attention", "chunked_attention"}) or bool(getattr(text, "sliding_window", None))
 
 
 def _encoder(model: Any) -> Stage:  # noqa: ANN401

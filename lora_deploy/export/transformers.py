@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.extras import require_transformers_exporters
+from lora_deploy.export.folding import OnlyLayouts, Rule, folding_by, nothing_of_weights
 from lora_deploy.export.interface import Drawing, GraphTask
 from lora_deploy.export.loading import about, load_model, quiet
 
@@ -68,23 +69,24 @@ class TransformersMaker:
         register_cache_pytrees_for_model(stage.module)
         config = OnnxConfig(dynamic=True, dynamic_shapes=varying(stage.inputs, stage.others))
         expected = expected_outputs(stage.module, stage.others)
-        with _kept_trace(is_stored=task.is_stored) as trace:
+        rules = [nothing_of_weights if task.is_stored else OnlyLayouts(stage.module.state_dict()) for _ in range(2)]
+        with _kept_trace(rules[0]) as trace:
             drawn, metadata = OnnxExporter().export_program(stage.module, dict(stage.inputs), config)
         metadata.export_config = {"dynamic": True, "ort_fusions": None}
         fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
         if fault:
             raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
-        drawn, is_fused, findings = _fused(task, stage, drawn, expected)
+        drawn, is_fused, findings = _fused(task, stage, drawn, expected, rules[0])
         metadata.export_config["ort_fusions"] = task.provider if is_fused else None
         about = json.loads(json.dumps(dataclasses.asdict(metadata)))
         names = [value.name for value in drawn.graph.inputs], [value.name for value in drawn.graph.outputs]
         yield Drawing(component=stage.component, seed=0, model=drawn, metadata=about, findings=findings)
         del drawn
         _refill(model, task, 1)
-        again = trace.optimised(*names)
+        again = trace.optimised(*names, rules[1])
         if is_fused:
             again = again.clone()  # as the first was, since new names are counted from the copy on
-            _fuse(again, task.provider)
+            _fuse(again, task.provider, rules[1])
         yield Drawing(component=stage.component, seed=1, model=again, metadata=about)
 
 
@@ -94,18 +96,18 @@ MAKER = TransformersMaker()
 class _Trace:
     """A traced graph before anything was done to it, and how to do it."""
 
-    def __init__(self, optimise: Callable[[Any], None]) -> None:
+    def __init__(self, optimise: Callable[[Any, Rule], None]) -> None:
         self.model: Any = None
         self._optimise = optimise
 
-    def optimised(self, input_names: list[str], output_names: list[str]) -> Any:  # noqa: ANN401 - an onnx_ir.Model
+    def optimised(self, input_names: list[str], output_names: list[str], rule: Rule) -> Any:  # noqa: ANN401 - an onnx_ir.Model
         """Do what the exporter does after tracing, with the weights that the traced model has now."""
         from transformers.exporters.exporter_onnx import _name_graph_outputs, apply_onnx_ir_fixes
         from transformers.exporters.utils import apply_patches
 
         program: Any = SimpleNamespace(model=self.model.clone())
         with apply_patches("onnx"):
-            self._optimise(program)
+            self._optimise(program, rule)
         for value, name in zip(program.model.graph.inputs, input_names, strict=True):
             value.name = name
         _name_graph_outputs(program.model.graph, output_names)
@@ -114,22 +116,22 @@ class _Trace:
 
 
 @contextmanager
-def _kept_trace(*, is_stored: bool) -> Iterator[_Trace]:
-    """Keep a copy of the graph that ``torch.onnx`` is about to optimise."""
+def _kept_trace(rule: Rule) -> Iterator[_Trace]:
+    """Keep a copy of the graph that ``torch.onnx`` is about to optimise; ``rule`` says what is folded."""
     import torch.onnx
 
     program_class: Any = torch.onnx.ONNXProgram
     original = program_class.optimize
 
-    def optimise(program: Any) -> None:  # noqa: ANN401
-        with _unfolded() if is_stored else _nothing():
+    def optimise(program: Any, rule: Rule) -> None:  # noqa: ANN401
+        with folding_by(rule):
             original(program)
 
     trace = _Trace(optimise)
 
     def keep(program: Any) -> None:  # noqa: ANN401
         trace.model, program.model = program.model, program.model.clone()  # new names are counted from the copy on
-        optimise(program)
+        optimise(program, rule)
 
     program_class.optimize = keep
     try:
@@ -138,40 +140,12 @@ def _kept_trace(*, is_stored: bool) -> Iterator[_Trace]:
         program_class.optimize = original
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _unfolded() -> Iterator[None]:
-    """Leave weights in the layout that the checkpoint has: what reads one is not folded."""
-    from onnxscript import optimizer
-
-    original = optimizer.optimize_ir
-
-    def reads_weight(node: Any) -> bool:  # noqa: ANN401
-        return any(
-            value is not None and value.is_initializer() and value.const_value.dtype.is_floating_point()
-            for value in node.inputs
-        )
-
-    def optimize_ir(model: Any, *args: Any, **options: Any) -> Any:  # noqa: ANN401
-        options["should_fold"] = lambda node: False if node.op_type == "Resize" or reads_weight(node) else None
-        return original(model, *args, **options)
-
-    optimizer.optimize_ir = optimize_ir
-    try:
-        yield
-    finally:
-        optimizer.optimize_ir = original
-
-
 def _fused(
     task: GraphTask,
     stage: Stage,
     drawn: Any,  # noqa: ANN401
     expected: Mapping[str, torch.Tensor],
+    rule: Rule,
 ) -> tuple[Any, bool, tuple[Finding, ...]]:
     """Fuse a graph for its provider, and keep the unfused one where that fails."""
     from lora_deploy.export.trial import fault_of
@@ -180,7 +154,7 @@ def _fused(
         return drawn, False, ()
     fused = drawn.clone()
     try:
-        _fuse(fused, task.provider)
+        _fuse(fused, task.provider, rule)
         fault = fault_of(fused, stage.others, expected, task.dtype) if task.provider == "cpu" else None
     except Exception as error:  # noqa: BLE001 - a fusion that fails is the reason to go without
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -193,10 +167,11 @@ def _fused(
     return fused, True, ()
 
 
-def _fuse(model: Any, provider: str) -> None:  # noqa: ANN401
+def _fuse(model: Any, provider: str, rule: Rule) -> None:  # noqa: ANN401
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
 
-    fuse_for_onnxruntime(model, provider)
+    with folding_by(rule):
+        fuse_for_onnxruntime(model, provider)
 
 
 def _refill(model: Any, task: GraphTask, seed: int) -> None:  # noqa: ANN401

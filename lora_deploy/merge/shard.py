@@ -69,7 +69,8 @@ class Chunk:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of the CPU in row-major order, little endian; not copied unless it is not contiguous."""
-    flat = tensor.detach().contiguous().view(-1)
+    whole = tensor.detach().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # a lone element counts as contiguous whatever its stride
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
