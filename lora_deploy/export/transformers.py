@@ -37,8 +37,10 @@ class TransformersMaker:
         require_transformers_exporters()
         with quiet():
             model = load_model(task.checkpoints[0], task.dtype)
-            for stage in self._stages(model):
+            for number, stage in enumerate(self._stages(model)):
                 with about(stage.component):
+                    if number:
+                        _refill(model, task, 0)
                     yield from self._draw(task, model, stage)
 
     def companions(self, task: GraphTask) -> Mapping[str, bytes]:
@@ -63,9 +65,8 @@ class TransformersMaker:
         from transformers.exporters.exporter_onnx import OnnxExporter
 
         from lora_deploy.export.stages import varying
-        from lora_deploy.export.trial import expected_outputs, fault_of
+        from lora_deploy.export.trial import expected_outputs
 
-        _refill(model, task, 0)
         register_cache_pytrees_for_model(stage.module)
         config = OnnxConfig(dynamic=True, dynamic_shapes=varying(stage.inputs, stage.others))
         expected = expected_outputs(stage.module, stage.others)
@@ -73,9 +74,6 @@ class TransformersMaker:
         with _kept_trace(rules[0]) as trace:
             drawn, metadata = OnnxExporter().export_program(stage.module, dict(stage.inputs), config)
         metadata.export_config = {"dynamic": True, "ort_fusions": None}
-        fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
-        if fault:
-            raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
         drawn, is_fused, findings = _fused(task, stage, drawn, expected, rules[0])
         metadata.export_config["ort_fusions"] = task.provider if is_fused else None
         about = json.loads(json.dumps(dataclasses.asdict(metadata)))
@@ -147,10 +145,17 @@ def _fused(
     expected: Mapping[str, torch.Tensor],
     rule: Rule,
 ) -> tuple[Any, bool, tuple[Finding, ...]]:
-    """Fuse a graph for its provider, and keep the unfused one where that fails."""
+    """Fuse a graph for its provider, and keep the unfused one where that fails.
+
+    What is kept was run beside the model, where it can be; the unfused graph only where nothing was made of it.
+
+    Raises:
+        ExportError: The unfused graph does not run, or says something else than the model.
+    """
     from lora_deploy.export.trial import fault_of
 
     if task.is_stored:
+        _require_model(task, stage, drawn, expected)
         return drawn, False, ()
     fused = drawn.clone()
     try:
@@ -159,12 +164,21 @@ def _fused(
     except Exception as error:  # noqa: BLE001 - a fusion that fails is the reason to go without
         fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if fault:
+        _require_model(task, stage, drawn, expected)
         message = f"the graph fused for {task.provider} fails ({fault}); the unfused one is used, which is slower"
         return drawn, False, (_finding("unfused", Severity.WARN, stage.component, message),)
     if task.provider != "cpu":
         message = f"the graph was not run: only --provider cpu is tried here, not {task.provider}"
         return fused, True, (_finding("untried", Severity.WARN, stage.component, message),)
     return fused, True, ()
+
+
+def _require_model(task: GraphTask, stage: Stage, drawn: Any, expected: Mapping[str, torch.Tensor]) -> None:  # noqa: ANN401
+    from lora_deploy.export.trial import fault_of
+
+    fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
+    if fault:
+        raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
 
 
 def _fuse(model: Any, provider: str, rule: Rule) -> None:  # noqa: ANN401
