@@ -75,3 +75,12 @@ def make_adapter(folder: Path, shape: Shape) -> Path:
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one word: exporters insist on loading one."""
+    model = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "x"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

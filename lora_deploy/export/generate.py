@@ -58,6 +58,8 @@ class Decoder:
         self._sessions = {
             name: open_session(folder / record.graphs[name].file, provider, n_threads) for name in ("prefill", "decode")
         }
+        self._inputs = {name: [p.name for p in session.get_inputs()] for name, session in self._sessions.items()}
+        self._outputs = {name: [p.name for p in session.get_outputs()] for name, session in self._sessions.items()}
 
     def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
         """Give the most likely next token, again and again; never stops by itself."""
@@ -75,13 +77,13 @@ class Decoder:
         n_read = int(positions[0, -1]) + 1
         given = {"input_ids": ids, "position_ids": positions, "attention_mask": np.ones((1, n_read), np.int64)}
         binding = session.io_binding()
-        for port in session.get_inputs():
-            name = port.name.removeprefix("input.")
+        for port in self._inputs[stage]:
+            name = port.removeprefix("input.")
             if name in cache:
-                binding.bind_ortvalue_input(port.name, cache[name])
+                binding.bind_ortvalue_input(port, cache[name])
             else:
-                binding.bind_cpu_input(port.name, given[name])
-        names = [port.name for port in session.get_outputs()]
+                binding.bind_cpu_input(port, given[name])
+        names = self._outputs[stage]
         for name in names:
             binding.bind_output(name, self._device if name != "logits" else "cpu")
         session.run_with_iobinding(binding)
