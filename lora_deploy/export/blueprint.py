@@ -25,7 +25,7 @@ from lora_deploy.tensors import DType, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 """Counted up when the same blueprint would give another graph or table."""
 _NOT_OF_THE_GRAPH = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"})
 _VECTOR_SPREAD = 0.25

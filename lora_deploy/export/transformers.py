@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.extras import require_transformers_exporters
 from lora_deploy.export.folding import OnlyLayouts, Rule, folding_by, nothing_of_weights
+from lora_deploy.export.fusing import fuse, has_rotating_attention
 from lora_deploy.export.interface import Drawing, GraphTask
 from lora_deploy.export.loading import about, load_model, quiet
 
@@ -74,21 +75,29 @@ class TransformersMaker:
         with _kept_trace(rules[0]) as trace:
             drawn, metadata = OnnxExporter().export_program(stage.module, dict(stage.inputs), config)
         metadata.export_config = {"dynamic": True, "ort_fusions": None}
-        drawn, is_fused, findings = _fused(task, stage, drawn, expected, rules[0])
-        metadata.export_config["ort_fusions"] = task.provider if is_fused else None
+        drawn, fusion, findings = _fused(task, stage, drawn, expected, rules[0])
+        metadata.export_config["ort_fusions"] = task.provider if fusion else None
         about = json.loads(json.dumps(dataclasses.asdict(metadata)))
         names = [value.name for value in drawn.graph.inputs], [value.name for value in drawn.graph.outputs]
         yield Drawing(component=stage.component, seed=0, model=drawn, metadata=about, findings=findings)
         del drawn
         _refill(model, task, 1)
         again = trace.optimised(*names, rules[1])
-        if is_fused:
+        if fusion:
             again = again.clone()  # as the first was, since new names are counted from the copy on
-            _fuse(again, task.provider, rules[1])
+            fuse(again, task.provider, rules[1], rotates=fusion.rotates)
         yield Drawing(component=stage.component, seed=1, model=again, metadata=about)
 
 
 MAKER = TransformersMaker()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """How a graph was fused."""
+
+    rotates: bool
+    """Whether attention may do what rotary embeddings do."""
 
 
 class _Trace:
@@ -144,33 +153,54 @@ def _fused(
     drawn: Any,  # noqa: ANN401
     expected: Mapping[str, torch.Tensor],
     rule: Rule,
-) -> tuple[Any, bool, tuple[Finding, ...]]:
-    """Fuse a graph for its provider, and keep the unfused one where that fails.
+) -> tuple[Any, Fusion | None, tuple[Finding, ...]]:
+    """Fuse a graph for its provider, and keep the unfused one where that fails; also say how it was fused.
 
     What is kept was run beside the model, where it can be; the unfused graph only where nothing was made of it.
 
     Raises:
         ExportError: The unfused graph does not run, or says something else than the model.
     """
-    from lora_deploy.export.trial import fault_of
-
     if task.is_stored:
         _require_model(task, stage, drawn, expected)
-        return drawn, False, ()
-    fused = drawn.clone()
+        return drawn, None, ()
+    faults = []
+    for fusion in (Fusion(rotates=True), Fusion(rotates=False)):
+        fused = drawn.clone()
+        fault = _fault_of_fusion(task, stage, fused, fusion, expected, rule)
+        if fault is None:
+            return fused, fusion, _untried(task, stage)
+        faults.append(fault)
+        if not has_rotating_attention(fused):
+            break
+    _require_model(task, stage, drawn, expected)
+    message = f"the graph fused for {task.provider} fails ({faults[0]}); the unfused one is used, which is slower"
+    return drawn, None, (_finding("unfused", Severity.WARN, stage.component, message),)
+
+
+def _fault_of_fusion(
+    task: GraphTask,
+    stage: Stage,
+    model: Any,  # noqa: ANN401
+    fusion: Fusion,
+    expected: Mapping[str, torch.Tensor],
+    rule: Rule,
+) -> str | None:
+    """Fuse in place and say what is wrong with the result, as far as it can be tried."""
+    from lora_deploy.export.trial import fault_of
+
     try:
-        _fuse(fused, task.provider, rule)
-        fault = fault_of(fused, stage.others, expected, task.dtype) if task.provider == "cpu" else None
+        fuse(model, task.provider, rule, rotates=fusion.rotates)
+        return fault_of(model, stage.others, expected, task.dtype) if task.provider == "cpu" else None
     except Exception as error:  # noqa: BLE001 - a fusion that fails is the reason to go without
-        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if fault:
-        _require_model(task, stage, drawn, expected)
-        message = f"the graph fused for {task.provider} fails ({fault}); the unfused one is used, which is slower"
-        return drawn, False, (_finding("unfused", Severity.WARN, stage.component, message),)
-    if task.provider != "cpu":
-        message = f"the graph was not run: only --provider cpu is tried here, not {task.provider}"
-        return fused, True, (_finding("untried", Severity.WARN, stage.component, message),)
-    return fused, True, ()
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _untried(task: GraphTask, stage: Stage) -> tuple[Finding, ...]:
+    if task.provider == "cpu":
+        return ()
+    message = f"the graph was not run: only --provider cpu is tried here, not {task.provider}"
+    return (_finding("untried", Severity.WARN, stage.component, message),)
 
 
 def _require_model(task: GraphTask, stage: Stage, drawn: Any, expected: Mapping[str, torch.Tensor]) -> None:  # noqa: ANN401
@@ -179,13 +209,6 @@ def _require_model(task: GraphTask, stage: Stage, drawn: Any, expected: Mapping[
     fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
     if fault:
         raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
-
-
-def _fuse(model: Any, provider: str, rule: Rule) -> None:  # noqa: ANN401
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
-
-    with folding_by(rule):
-        fuse_for_onnxruntime(model, provider)
 
 
 def _refill(model: Any, task: GraphTask, seed: int) -> None:  # noqa: ANN401

@@ -1,7 +1,8 @@
 """Stream a checkpoint's tensors through a binding table into the files that its graphs read.
 
 Promise: no model object, no tracing; memory is a few blocks of a stored checkpoint, or one initializer and what it is
-made of where values are computed or rounded, whatever the model's size. The files are written whole or not at all, hashed while they are written, and depend on tensors and table alone.
+made of where values are computed or rounded, whatever the model's size. The files are written whole or not at all,
+hashed while they are written, and depend on tensors and table alone.
 """
 
 from __future__ import annotations

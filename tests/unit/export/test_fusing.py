@@ -45,32 +45,32 @@ def _drawn() -> Any:
 
 
 def _fused(stage: Stage, monkeypatch: pytest.MonkeyPatch, fuse: Any, task: GraphTask) -> tuple[Any, bool, list[str]]:
-    monkeypatch.setattr(maker, "_fuse", fuse)
+    monkeypatch.setattr(maker, "fuse", fuse)
     said = expected_outputs(stage.module, stage.others)
-    model, is_fused, findings = maker._fused(task, stage, _drawn(), said, nothing_of_weights)
-    return model, is_fused, [finding.message for finding in findings]
+    model, fusion, findings = maker._fused(task, stage, _drawn(), said, nothing_of_weights)
+    return model, fusion is not None, [finding.message for finding in findings]
 
 
 def _operators(model: Any) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def _drop_one(model: Any, _: str, __: Rule) -> None:
+def _drop_one(model: Any, _: str, __: Rule, *, rotates: bool = True) -> None:
     """A sound fusion: the multiplication by one goes."""
     node = next(node for node in model.graph if node.outputs[0].name == "m")
     node.outputs[0].replace_all_uses_with(node.inputs[0])
     model.graph.remove(node)
 
 
-def _unknown_operator(model: Any, _: str, __: Rule) -> None:
+def _unknown_operator(model: Any, _: str, __: Rule, *, rotates: bool = True) -> None:
     next(node for node in model.graph if node.op_type == "Mul").op_type = "FusedMul"
 
 
-def _wrong(model: Any, _: str, __: Rule) -> None:
+def _wrong(model: Any, _: str, __: Rule, *, rotates: bool = True) -> None:
     next(node for node in model.graph if node.op_type == "Mul").op_type = "Add"
 
 
-def _raise(_model: Any, _provider: str, _rule: Rule) -> None:
+def _raise(_model: Any, _provider: str, _rule: Rule, *, rotates: bool) -> None:
     raise TypeError("no such pattern")
 
 
@@ -100,11 +100,30 @@ def test_a_fusion_that_fails_leaves_the_graph_unfused(
     assert fault_of(model, stage.others, expected_outputs(stage.module, stage.others), DType.F32) is None
 
 
+def test_attention_that_rotates_wrongly_is_fused_without_rotating(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fuse(model: Any, _: str, rule: Rule, *, rotates: bool) -> None:
+        asked.append(rotates)
+        if not rotates:
+            _drop_one(model, "cpu", rule)
+            return
+        node = next(node for node in model.graph if node.op_type == "Mul")
+        node.op_type = "GroupQueryAttention"
+        node.attributes["do_rotary"] = onnx_ir.AttrInt64("do_rotary", 1)
+
+    model, is_fused, said = _fused(stage, monkeypatch, fuse, _task())
+    assert (asked, is_fused, said) == ([True, False], True, [])
+    assert _operators(model) == ["MatMul", "Mul", "MatMul"]
+
+
 @pytest.mark.parametrize("is_stored", [False, True])
 def test_an_unfused_graph_that_is_not_the_model_is_no_export(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, is_stored: bool
 ) -> None:
-    monkeypatch.setattr(maker, "_fuse", _raise)
+    monkeypatch.setattr(maker, "fuse", _raise)
     drawn = _drawn()
     _wrong(drawn, "cpu", nothing_of_weights)
     said = expected_outputs(stage.module, stage.others)
