@@ -85,7 +85,7 @@ class Row:
 def main() -> None:
     """Run the parts that are asked for, and print their tables."""
     options = _options()
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1" if options.threads == 1 else str(options.threads))
+    os.environ.update(HF_HUB_OFFLINE="1", OLIVE_DISABLE_TELEMETRY="1", OMP_NUM_THREADS=str(options.threads))
     models = [_model(options, size) for size in options.sizes]
     for part in options.parts:
         for model in models if part == "bind" else models[:1]:
@@ -155,8 +155,8 @@ def _optimum(python: Path, base: Path, out: Path) -> list[str]:
 
 
 def _olive(python: Path, base: Path, out: Path) -> list[str]:
-    options = ["--model_name_or_path", str(base), "--output_path", str(out), "--use_model_builder"]
-    return [str(python), "-m", "olive", "capture-onnx-graph", *options, "--precision", "fp32"]
+    options = ["--model_name_or_path", str(base), "--output_path", str(out), "--precision", "fp32"]
+    return [str(python), "-m", "olive", "capture-onnx-graph", "--use_model_builder", *options]
 
 
 def _peer(python: Path | None, package: str, option: str, command: Callable[[Path], list[str]]) -> Row:
