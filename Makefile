@@ -7,13 +7,14 @@ INSTALLED := .venv/.installed
 JOBS ?= 2
 SIZE ?= 1b
 
-.PHONY: help demo test check bench nightly clean
+.PHONY: help demo test check bench bench-onnx nightly clean
 
 help:
 	@echo "make demo     inspect, validate, merge and replay a real adapter on a real model, and compare their answers"
 	@echo "make test     all tests but the nightly ones       (JOBS=$(JOBS) workers; PYTEST_ARGS=... for pytest)"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    speed and memory beside peers        (SIZE=1b or 8b)"
+	@echo "make bench-onnx  exports and their speed beside peers (BENCH_ARGS=... for benchmarks/run_onnx.py)"
 	@echo "make nightly  the large tests; their result goes to docs/nightly.md, what can be exported to docs/coverage.md"
 	@echo "make clean    remove .venv, caches and builds"
 
@@ -32,6 +33,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/run.py --size $(SIZE)
+
+bench-onnx: $(INSTALLED)
+	$(RUN) benchmarks/run_onnx.py $(BENCH_ARGS)
 
 nightly: $(INSTALLED)
 	.ci/nightly

@@ -19,6 +19,10 @@ class Shape:
     n_kv_heads: int
     vocabulary: int
     n_shards: int
+    is_tied: bool = False
+    """Whether the head is the embedding."""
+    dtype: str = "bfloat16"
+    """What weights are stored in."""
 
     @property
     def key_value(self) -> int:
@@ -48,7 +52,8 @@ class Shape:
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 yield f"{prefix}.{norm}.weight", (self.hidden,)
         yield "model.norm.weight", (self.hidden,)
-        yield "lm_head.weight", (self.vocabulary, self.hidden)
+        if not self.is_tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def config(self) -> dict[str, Any]:
         """``config.json``."""
@@ -61,8 +66,8 @@ class Shape:
             "num_attention_heads": self.n_heads,
             "num_key_value_heads": self.n_kv_heads,
             "vocab_size": self.vocabulary,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
+            "tie_word_embeddings": self.is_tied,
+            "torch_dtype": self.dtype,
         }
 
 
@@ -76,6 +81,18 @@ SHAPES = {
         n_kv_heads=4,
         vocabulary=16000,
         n_shards=2,
+    ),
+    "135m": Shape(
+        name="SmolLM2-135M-shaped",
+        hidden=576,
+        intermediate=1536,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        vocabulary=49152,
+        n_shards=1,
+        is_tied=True,
+        dtype="float32",
     ),
     "1b": Shape(
         name="TinyLlama-1.1B-shaped",

@@ -20,10 +20,11 @@ def make_base(folder: Path, shape: Shape) -> Path:
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    pool = (torch.randn(_POOL_ELEMENTS, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    total = sum(2 * torch.Size(size).numel() for _, size in shape.tensors())
+    pool = torch.randn(_POOL_ELEMENTS, generator=torch.Generator().manual_seed(0)) * 0.02
+    pool = pool.to(getattr(torch, shape.dtype))
+    total = sum(pool.itemsize * torch.Size(size).numel() for _, size in shape.tensors())
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(_groups(shape, total / shape.n_shards), start=1):
+    for number, group in enumerate(_groups(shape, total / shape.n_shards, pool.itemsize), start=1):
         file = f"model-{number:05d}-of-{shape.n_shards:05d}.safetensors"
         save_file({name: _cut(pool, size, len(name)) for name, size in group}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys((name for name, _ in group), file)
@@ -33,12 +34,12 @@ def make_base(folder: Path, shape: Shape) -> Path:
     return folder
 
 
-def _groups(shape: Shape, n_bytes: float) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+def _groups(shape: Shape, n_bytes: float, itemsize: int) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     group: list[tuple[str, tuple[int, ...]]] = []
     done, emitted = 0, 0
     for name, size in shape.tensors():
         group.append((name, size))
-        done += 2 * torch.Size(size).numel()
+        done += itemsize * torch.Size(size).numel()
         if done >= n_bytes * (emitted + 1) and emitted < shape.n_shards - 1:
             yield group
             group, emitted = [], emitted + 1
@@ -74,3 +75,12 @@ def make_adapter(folder: Path, shape: Shape) -> Path:
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one word: exporters insist on loading one."""
+    model = {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "x"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

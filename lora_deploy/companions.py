@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_deploy.adapter import Adapter
 from lora_deploy.checkpoint import Checkpoint, contained_path, read_json
 from lora_deploy.errors import Finding, MalformedCheckpointError, RecipeError, Severity
+
+if TYPE_CHECKING:
+    from lora_deploy.adapter import Adapter
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 _TOKENIZER = (

@@ -47,10 +47,10 @@ from lora_deploy.export.fitting import Fit, check_file, check_fit
 from lora_deploy.export.generate import Answer, answer
 from lora_deploy.export.multi_lora import MultiLoraPlan, NamedAdapter, execute_multi_lora, plan_multi_lora
 from lora_deploy.export.options import ExportOptions
-from lora_deploy.export.plan import ExportPlan, plan_export
+from lora_deploy.export.plan import ExportPlan, plan_export, plan_of_folder
 from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
 from lora_deploy.export.record import read_record as read_export_record
-from lora_deploy.export.sources import CheckpointSource, PlanSource, WeightSource
+from lora_deploy.export.sources import PlanSource, WeightSource
 from lora_deploy.export.switchable import open_switchable
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
@@ -60,7 +60,14 @@ from lora_deploy.merge.identity import base_artifacts
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
-from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, RecordedOrigin, read_record
+from lora_deploy.merge.record import (
+    RECORD_NAME,
+    MergeRecord,
+    RecordedBase,
+    RecordedOrigin,
+    merged_folder,
+    read_record,
+)
 from lora_deploy.references import Reference, References, named_base, named_reference, read_named, several
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
@@ -217,8 +224,7 @@ def plan_of_export(
     elif base is not None:
         raise RecipeError("--base without --adapter: an export needs both, or a merged folder", hint="pass --adapter")
     else:
-        checkpoint = open_checkpoint(_merged_folder(folder))
-        source = CheckpointSource(checkpoint, companion_files((), checkpoint))
+        return plan_of_folder(folder, options)
     return plan_export(source, options)
 
 
@@ -394,7 +400,7 @@ def verify(  # noqa: PLR0913 - an option type a stage
         InputError: An input is not the recorded one.
         LoraDeployError: As ``validate``.
     """
-    root = _merged_folder(folder, EXPORT_RECORD)
+    root = merged_folder(folder, EXPORT_RECORD)
     planned, is_ours, is_direct = _plan_of_folder(
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
@@ -486,15 +492,6 @@ _FAILURES: Mapping[Check, tuple[str, type[EvidenceError]]] = {
 def default_output(planned: MergePlan) -> Path:
     """Name the folder that a merge goes to when nobody says: ``<adapter-name>-merged``, here."""
     return Path("+".join(adapter.name for adapter in planned.binding.adapters) + "-merged")
-
-
-def _merged_folder(folder: Reference | None, *others: str) -> Path:
-    root = Path(folder) if folder is not None else Path()
-    if folder is None and not any((root / name).is_file() for name in (RECORD_NAME, *others)):
-        raise RecipeError(f"the current folder holds no {RECORD_NAME}", hint="name the merged folder")
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
-    return root
 
 
 def _recorded_plan(

@@ -161,9 +161,6 @@ def export(
       lora-deploy export --onnx --multi-lora --adapter a/9 --into many
       lora-deploy export 7-merged --onnx --quantize int8-blockwise
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
-    from lora_deploy import pipeline
-    from lora_deploy.validate import BindOptions
-
     into = choices["into"]
     if choices["multi_lora"]:
         if folder is not None:
@@ -178,22 +175,40 @@ def export(
         return
     if choices["targets"] or into is not None:
         raise click.UsageError("--targets and --into belong to --multi-lora")
+    from lora_deploy.export.execute import default_output, execute_export
+
+    plan = _plan(folder, adapters, base, choices, dequantize=dequantize)
+    out = output or default_output(plan)
+    if dry_run:
+        _show_plan(screen, plan, out)
+        return
+    _show(screen, execute_export(plan, out, progress=screen.progress()))
+
+
+def _plan(
+    folder: Path | None, adapters: tuple[str, ...], base: str | None, choices: dict[str, Any], *, dequantize: bool
+) -> ExportPlan:
+    """Plan by the whole pipeline only what needs it: loading it takes longer than binding weights to a known graph."""
+    options = chosen(ExportOptions, choices)
+    if not adapters and base is None:
+        from lora_deploy.export.plan import plan_of_folder
+
+        return plan_of_folder(folder, options)
+
+    from lora_deploy import pipeline
+    from lora_deploy.validate import BindOptions
+
     merge_choices = {name: value for name, value in choices.items() if name in {"device", "memory_bytes"}}
-    plan = pipeline.plan_of_export(
+    return pipeline.plan_of_export(
         folder,
         adapters=adapters,
         base=base,
         read_options=chosen(ReadOptions, choices),
         bind_options=chosen(BindOptions, choices),
         merge_options=chosen(MergeOptions, merge_choices),
-        export_options=chosen(ExportOptions, choices),
+        export_options=options,
         dequantize=dequantize,
     )
-    out = output or pipeline.default_export(plan)
-    if dry_run:
-        _show_plan(screen, plan, out)
-        return
-    _show(screen, pipeline.execute_export(plan, out, progress=screen.progress()))
 
 
 def _export_many(screen: Screen, output: Path, choices: Mapping[str, Any]) -> None:

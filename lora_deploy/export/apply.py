@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_deploy.errors import ExportError
-from lora_deploy.export.binding_table import Joined, Kept, Origin, Quantised, Taken
+from lora_deploy.export.binding_table import Kept, Origin, Quantised, Taken, shape_of
 from lora_deploy.export.quantiser import quantised
 from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import DType
@@ -46,19 +46,6 @@ def materialise(origin: Origin, dtype: torch.dtype, tensors: Iterator[Tensor]) -
             joined.narrow(origin.axis, start, length).copy_(values)
             start += length
     return joined
-
-
-def shape_of(origin: Taken | Joined) -> tuple[int, ...]:
-    """The shape that an origin's values have."""
-    if isinstance(origin, Taken):
-        return origin.shape
-    shapes = [shape_of(part) for part in origin.parts if isinstance(part, Taken | Joined)]
-    first = list(shapes[0])
-    if origin.is_stack:
-        first.insert(origin.axis, len(shapes))
-    else:
-        first[origin.axis] = sum(shape[origin.axis] for shape in shapes)
-    return tuple(first)
 
 
 def _laid(taken: Taken, dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from lora_deploy.errors import ExportError
 from lora_deploy.export.apply import materialise
-from lora_deploy.export.binding_table import SCHEMA, BindingTable, BoundComponent, Kept, Layout, Origin, taken_tensors
+from lora_deploy.export.binding_table import (
+    CONSTANTS_NAME,
+    SCHEMA,
+    BindingTable,
+    BoundComponent,
+    Kept,
+    Layout,
+    Origin,
+    taken_tensors,
+)
 from lora_deploy.export.drawn import external, initializers, inline, values_of, without_metadata
 from lora_deploy.export.interface import Drawing
 from lora_deploy.export.matching import Matcher
@@ -26,7 +35,6 @@ from lora_deploy.rounding import dtype_of
 
 MAX_INLINE_BYTES = 1 << 16
 """Larger constants go to a file of their own beside the graph."""
-CONSTANTS_NAME = "constants.bin"
 _MAX_LISTED = 8
 
 

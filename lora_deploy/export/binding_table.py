@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from lora_deploy.export.quantisation import Quantisation
 
 SCHEMA: Literal[1] = 1
+CONSTANTS_NAME = "constants.bin"
+"""Large constants of the graphs, in the cache."""
 PAGE_BYTES = 4096
 """Larger weights begin at a multiple of this, so that they can be mapped."""
 _LINE_BYTES = 64
@@ -155,6 +157,21 @@ def taken_tensors(origin: Origin) -> Iterator[Taken]:
             yield from taken_tensors(part)
     elif isinstance(origin, Quantised):
         yield from taken_tensors(origin.weight)
+
+
+def shape_of(origin: Origin) -> tuple[int, ...]:
+    """The shape that an origin's values have; that of a constant, or of packed ones, is its slot's."""
+    if isinstance(origin, Taken):
+        return origin.shape
+    if not isinstance(origin, Joined):
+        raise TypeError("the shape of a constant, or of what is packed, is its slot's")
+    shapes = [shape_of(part) for part in origin.parts]
+    first = list(shapes[0])
+    if origin.is_stack:
+        first.insert(origin.axis, len(shapes))
+    else:
+        first[origin.axis] = sum(shape[origin.axis] for shape in shapes)
+    return tuple(first)
 
 
 def describe(origin: Origin) -> str:

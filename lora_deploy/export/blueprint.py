@@ -14,20 +14,18 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lora_deploy.errors import ExportError
 from lora_deploy.export.extras import installed_version
 from lora_deploy.export.sources import WeightSource, equal_groups
-from lora_deploy.merge.shard import bytes_of
-from lora_deploy.rounding import torch_dtype
 from lora_deploy.safetensors_file import format_header, write_file
 from lora_deploy.tensors import DType, TensorSpec
 
-FORMAT = 2
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 3
 """Counted up when the same blueprint would give another graph or table."""
 _NOT_OF_THE_GRAPH = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"})
 _VECTOR_SPREAD = 0.25
@@ -43,8 +41,8 @@ class Blueprint:
     """Names and shapes, with the dtypes that the weights have on their way into the graph."""
     equal: tuple[tuple[str, ...], ...]
     """Names that are one matrix."""
-    integers: Mapping[str, Tensor]
-    """Values of the tensors that are not floating."""
+    integers: Mapping[str, bytes]
+    """Contents of the tensors that are not floating."""
     dtype: DType
     provider: str
     maker: str
@@ -58,7 +56,7 @@ class Blueprint:
             "config": self.config,
             "tensors": {name: [spec.dtype.value, list(spec.shape)] for name, spec in sorted(self.specs.items())},
             "equal": [list(group) for group in self.equal],
-            "integers": {name: hashlib.sha256(bytes_of(values)).hexdigest() for name, values in self.integers.items()},
+            "integers": {name: hashlib.sha256(values).hexdigest() for name, values in self.integers.items()},
             "dtype": self.dtype.value,
             "provider": self.provider,
             "maker": self.maker,
@@ -92,13 +90,21 @@ def blueprint_of(
         config=_graph_config(source.config, dtype),
         specs={name: _on_the_way(spec, dtype) for name, spec in source.specs.items()},
         equal=tuple(equal_groups(source)),
-        integers=dict(zip(names, (values.clone() for values in source.tensors(names)), strict=True)),
+        integers=_contents_of(source, names),
         dtype=dtype,
         provider=provider,
         maker=maker,
         is_stored=is_stored,
         versions={"python": platform.python_version(), **{name: installed_version(name) or "-" for name in packages}},
     )
+
+
+def _contents_of(source: WeightSource, names: Sequence[str]) -> dict[str, bytes]:
+    if not names:
+        return {}
+    from lora_deploy.merge.shard import bytes_of
+
+    return dict(zip(names, (bytes(bytes_of(values)) for values in source.tensors(names)), strict=True))
 
 
 def _graph_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
@@ -138,12 +144,14 @@ def write_synthetic(blueprint: Blueprint, folder: Path, seed: int) -> None:
 
 
 def _contents(blueprint: Blueprint, specs: Sequence[TensorSpec], seed: int) -> Iterator[memoryview]:
+    from lora_deploy.merge.shard import bytes_of
+
     leader = {name: group[0] for group in blueprint.equal for name in group}
     position = {spec.name: number for number, spec in enumerate(specs)}
     seen: set[bytes] = set()
     for spec in specs:
         if spec.name in blueprint.integers:
-            yield bytes_of(blueprint.integers[spec.name])
+            yield memoryview(blueprint.integers[spec.name])
             continue
         first = leader.get(spec.name, spec.name)
         for draw in range(_MAX_DRAWS):  # a scalar of 16 bits may well have been drawn before
@@ -156,6 +164,10 @@ def _contents(blueprint: Blueprint, specs: Sequence[TensorSpec], seed: int) -> I
 
 
 def _random(spec: TensorSpec, seed: int) -> Tensor:
+    import torch
+
+    from lora_deploy.rounding import torch_dtype
+
     generator = torch.Generator().manual_seed(seed)
     if len(spec.shape) < 2:
         values = 1 + _VECTOR_SPREAD * (2 * torch.rand(spec.shape, generator=generator) - 1)

@@ -18,7 +18,6 @@ from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import ExportError, OutputExistsError
 from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of, recorded_graph
 from lora_deploy.export.plan import ExportPlan
-from lora_deploy.export.quantise import quantise
 from lora_deploy.export.record import (
     RECORD_NAME,
     SCHEMA,
@@ -153,6 +152,8 @@ def _write(
     if plan.options.storage == "shared":
         shared = share(plan.source, graphs)
     elif plan.quantisation is not None:
+        from lora_deploy.export.quantise import quantise
+
         shared, quantised = quantise(graphs, plan.quantisation)
     artifacts = write_files(plan, graphs, shared, folder, progress)
     if quantised is not None:

@@ -20,8 +20,6 @@ from lora_deploy.export.extras import require_genai, require_onnx_ir
 from lora_deploy.export.interface import Drawing, GraphTask
 from lora_deploy.export.loading import load_model, quiet
 from lora_deploy.export.runtime import open_session
-from lora_deploy.export.trial import deviation
-from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import DType
 
 CONFIG_NAME = "genai_config.json"
@@ -111,6 +109,9 @@ def _tried(graph: Path, checkpoint: Path, task: GraphTask) -> tuple[Finding, ...
         message = f"the graph was not run: only --provider cpu is tried here, not {task.provider}"
         return (Finding(code="untried", severity=Severity.WARN, target="model", message=message),)
     import torch
+
+    from lora_deploy.export.trial import deviation
+    from lora_deploy.rounding import torch_dtype
 
     with quiet():
         model = load_model(checkpoint, task.dtype)

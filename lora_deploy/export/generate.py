@@ -62,6 +62,8 @@ class Decoder:
         """Token that an encoder-decoder's answer begins with; None where the answer continues the prompt."""
         names: list[str] = [name for name in ("encoder", "prefill", "decode") if name in record.graphs]
         self._sessions = {name: open_session(folder / record.graphs[name].file, provider, n_threads) for name in names}
+        self._inputs = {name: [p.name for p in session.get_inputs()] for name, session in self._sessions.items()}
+        self._outputs = {name: [p.name for p in session.get_outputs()] for name, session in self._sessions.items()}
         self._factors = read_values(adapter) if adapter is not None else {}
 
     def tokens(self, prompt: Sequence[int]) -> Iterator[int]:
@@ -98,13 +100,13 @@ class Decoder:
         """Run one graph; what it gives stays where it is, but for logits."""
         session = self._sessions[stage]
         binding = session.io_binding()
-        for port in session.get_inputs():
-            value = given[_plain(port.name)]
+        for name in self._inputs[stage]:
+            value = given[_plain(name)]
             bind = binding.bind_cpu_input if isinstance(value, np.ndarray) else binding.bind_ortvalue_input
-            bind(port.name, value)
+            bind(name, value)
         for name, values in self._factors.items():  # a session with bound inputs ignores active adapters
             binding.bind_ortvalue_input(name, values)
-        names = [port.name for port in session.get_outputs()]
+        names = self._outputs[stage]
         for name in names:
             binding.bind_output(name, self._device if name != "logits" else "cpu")
         session.run_with_iobinding(binding)

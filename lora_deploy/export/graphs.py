@@ -22,13 +22,11 @@ from pydantic import ValidationError
 from lora_deploy.artifact import cache_root, cached_sha256, sha256_of
 from lora_deploy.checkpoint import open_checkpoint
 from lora_deploy.errors import Finding, Severity
-from lora_deploy.export.bind import Binder
 from lora_deploy.export.binding_table import BindingTable
 from lora_deploy.export.blueprint import Blueprint, write_synthetic
 from lora_deploy.export.canonical import canonical_digest, opset_of, ports_of
 from lora_deploy.export.interface import GraphMaker, GraphTask
 from lora_deploy.export.record import RecordedGraph, RecordedPort
-from lora_deploy.export.room import require_room
 from lora_deploy.export.sources import mapped
 from lora_deploy.merge.output import is_same_file, remove
 from lora_deploy.merge.progress import Progress, reporting
@@ -85,6 +83,8 @@ def graph_of(blueprint: Blueprint, maker: GraphMaker, progress: Progress | None 
         found = _read(place, blueprint.digest, was_cached=True)  # it may have been made while this process waited
         if found is not None:
             return found
+        from lora_deploy.export.room import require_room
+
         require_room(blueprint, work)
         made = work / "graph"
         made.mkdir()
@@ -146,6 +146,8 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progress: Progress | None) -> None:
+    from lora_deploy.export.bind import Binder
+
     folders = (work / "first", work / "second")
     for folder, seed in zip(folders, _SEEDS, strict=True):
         write_synthetic(blueprint, folder, seed)

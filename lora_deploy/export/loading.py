@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.errors import ExportError, LoraDeployError
-from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import DType
 
 _MAX_CAUSE = 500
@@ -28,6 +27,8 @@ def load_model(folder: Path, dtype: DType) -> Any:  # noqa: ANN401 - a transform
         ExportError: transformers has no such class, or the weights lack some of its tensors.
     """
     import transformers
+
+    from lora_deploy.rounding import torch_dtype
 
     config = json.loads((folder / "config.json").read_text())
     names = config.get("architectures") or []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any
 
 from lora_deploy.artifact import cached_sha256
+from lora_deploy.checkpoint import open_checkpoint
+from lora_deploy.companions import companion_files
 from lora_deploy.errors import ExportError, Finding
 from lora_deploy.export import GRAPH_MAKERS
 from lora_deploy.export.blueprint import Blueprint, blueprint_of
@@ -18,6 +21,7 @@ from lora_deploy.export.quantisation import Quantisation, quantisation_of
 from lora_deploy.export.record import digest_of
 from lora_deploy.export.sources import CheckpointSource, WeightSource
 from lora_deploy.merge.progress import Progress
+from lora_deploy.merge.record import merged_folder
 from lora_deploy.tensors import DType
 
 
@@ -63,6 +67,17 @@ class ExportPlan:
             **({"quantisers": self.quantisers} if self.quantisation else {}),
             "companions": {name: cached_sha256(path) for name, path in sorted(self.source.companions.items())},
         }
+
+
+def plan_of_folder(folder: str | PathLike[str] | None, options: ExportOptions) -> ExportPlan:
+    """Plan the export of a merged folder; without one, of the current folder if it holds our record.
+
+    Raises:
+        ExportError: As ``plan_export``.
+        RecipeError, InputError: There is no such folder, or its files contradict each other.
+    """
+    checkpoint = open_checkpoint(merged_folder(folder))
+    return plan_export(CheckpointSource(checkpoint, companion_files((), checkpoint)), options)
 
 
 def plan_export(source: WeightSource, options: ExportOptions) -> ExportPlan:

@@ -1,33 +1,30 @@
 """Where the weights of an export come from: a merged folder, or base and adapters straight from their plan.
 
 Promise: a tensor is given whole, in the order that is asked for, and no more than one is held at a time; from a plan,
-its values are those that merging would write (laws 1 to 3). No merged checkpoint is made on the way.
+its values are those that merging would write (laws 1 to 3). No merged checkpoint is made on the way. Tensor libraries
+are loaded when a tensor is asked for, not before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_deploy.artifact import Artifact
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import ExportError
-from lora_deploy.merge.budget import fit
-from lora_deploy.merge.compose import compose_origin
 from lora_deploy.merge.identity import base_artifacts, identify
-from lora_deploy.merge.local import chosen_device, local_workers
-from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RecordedOrigin
-from lora_deploy.merge.shard import chunks
 from lora_deploy.names.index import NameIndex
 from lora_deploy.names.ties import ties_of
-from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_deploy.merge.plan import MergePlan, PlannedTensor
 
 
 class WeightSource(Protocol):
@@ -96,6 +93,13 @@ class PlanSource:
         Raises:
             MergeError: A value cannot be merged or stored.
         """
+        import torch
+
+        from lora_deploy.merge.budget import fit
+        from lora_deploy.merge.local import chosen_device, local_workers
+        from lora_deploy.merge.shard import chunks
+        from lora_deploy.rounding import torch_dtype
+
         footprint, device = fit(self._plan), chosen_device(self._plan.options.device)
         checkpoint = self._plan.binding.checkpoint
         with local_workers(footprint.n_workers, footprint.n_ahead, device) as workers:
@@ -119,11 +123,17 @@ class PlanSource:
 
     def origin(self, inputs: Mapping[str, Any]) -> RecordedOrigin:
         """Say which base and adapters, and where they lie."""
+        from lora_deploy.merge.compose import compose_origin
+
         return compose_origin(self._plan, inputs["merge"])
 
 
 def mapped(checkpoint: Checkpoint, name: str) -> Tensor:
     """Map a tensor of a checkpoint; nothing is copied."""
+    import torch
+
+    from lora_deploy.rounding import torch_dtype
+
     spec = checkpoint.tensors[name]
     dtype = torch_dtype(spec.dtype)
     if not spec.n_bytes:
@@ -140,6 +150,8 @@ def equal_groups(source: WeightSource) -> list[tuple[str, ...]]:
     groups: list[tuple[str, ...]] = []
     for tie in ties_of(index, source.specs, source.config):
         if tie.is_stored:
+            import torch
+
             one, other = source.tensors([tie.source]), source.tensors([tie.member])
             if torch.equal(next(one), next(other)):
                 groups.append((tie.source, tie.member))

@@ -12,17 +12,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.extras import require_transformers_exporters
 from lora_deploy.export.folding import OnlyLayouts, Rule, folding_by, nothing_of_weights
+from lora_deploy.export.fusing import fuse, has_rotating_attention
 from lora_deploy.export.interface import Drawing, GraphTask
 from lora_deploy.export.loading import about, load_model, quiet
-from lora_deploy.export.stages import Stage, stages_of, varying
-from lora_deploy.export.trial import expected_outputs, fault_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_deploy.export.stages import Stage
 
 
 class TransformersMaker:
@@ -36,8 +38,10 @@ class TransformersMaker:
         require_transformers_exporters()
         with quiet():
             model = load_model(task.checkpoints[0], task.dtype)
-            for stage in self._stages(model):
+            for number, stage in enumerate(self._stages(model)):
                 with about(stage.component):
+                    if number:
+                        _refill(model, task, 0)
                     yield from self._draw(task, model, stage)
 
     def companions(self, task: GraphTask) -> Mapping[str, bytes]:
@@ -51,6 +55,8 @@ class TransformersMaker:
         return companions
 
     def _stages(self, model: Any) -> list[Stage]:  # noqa: ANN401
+        from lora_deploy.export.stages import stages_of
+
         with about(type(model).__name__):
             return list(stages_of(model))
 
@@ -59,7 +65,9 @@ class TransformersMaker:
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
         from transformers.exporters.exporter_onnx import OnnxExporter
 
-        _refill(model, task, 0)
+        from lora_deploy.export.stages import varying
+        from lora_deploy.export.trial import expected_outputs
+
         register_cache_pytrees_for_model(stage.module)
         config = OnnxConfig(dynamic=True, dynamic_shapes=varying(stage.inputs, stage.others))
         expected = expected_outputs(stage.module, stage.others)
@@ -67,26 +75,29 @@ class TransformersMaker:
         with _kept_trace(rules[0]) as trace:
             drawn, metadata = OnnxExporter().export_program(stage.module, dict(stage.inputs), config)
         metadata.export_config = {"dynamic": True, "ort_fusions": None}
-        fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
-        if fault:
-            raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
-        with folding_by(rules[0]):
-            drawn, is_fused, findings = _fused(task, stage, drawn, expected)
-        metadata.export_config["ort_fusions"] = task.provider if is_fused else None
+        drawn, fusion, findings = _fused(task, stage, drawn, expected, rules[0])
+        metadata.export_config["ort_fusions"] = task.provider if fusion else None
         about = json.loads(json.dumps(dataclasses.asdict(metadata)))
         names = [value.name for value in drawn.graph.inputs], [value.name for value in drawn.graph.outputs]
         yield Drawing(component=stage.component, seed=0, model=drawn, metadata=about, findings=findings)
         del drawn
         _refill(model, task, 1)
         again = trace.optimised(*names, rules[1])
-        if is_fused:
+        if fusion:
             again = again.clone()  # as the first was, since new names are counted from the copy on
-            with folding_by(rules[1]):
-                _fuse(again, task.provider)
+            fuse(again, task.provider, rules[1], rotates=fusion.rotates)
         yield Drawing(component=stage.component, seed=1, model=again, metadata=about)
 
 
 MAKER = TransformersMaker()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """How a graph was fused."""
+
+    rotates: bool
+    """Whether attention may do what rotary embeddings do."""
 
 
 class _Trace:
@@ -141,33 +152,69 @@ def _fused(
     stage: Stage,
     drawn: Any,  # noqa: ANN401
     expected: Mapping[str, torch.Tensor],
-) -> tuple[Any, bool, tuple[Finding, ...]]:
-    """Fuse a graph for its provider, and keep the unfused one where that fails."""
+    rule: Rule,
+) -> tuple[Any, Fusion | None, tuple[Finding, ...]]:
+    """Fuse a graph for its provider, and keep the unfused one where that fails; also say how it was fused.
+
+    What is kept was run beside the model, where it can be; the unfused graph only where nothing was made of it.
+
+    Raises:
+        ExportError: The unfused graph does not run, or says something else than the model.
+    """
     if task.is_stored:
-        return drawn, False, ()
-    fused = drawn.clone()
+        _require_model(task, stage, drawn, expected)
+        return drawn, None, ()
+    faults = []
+    for fusion in (Fusion(rotates=True), Fusion(rotates=False)):
+        fused = drawn.clone()
+        fault = _fault_of_fusion(task, stage, fused, fusion, expected, rule)
+        if fault is None:
+            return fused, fusion, _untried(task, stage)
+        faults.append(fault)
+        if not has_rotating_attention(fused):
+            break
+    _require_model(task, stage, drawn, expected)
+    message = f"the graph fused for {task.provider} fails ({faults[0]}); the unfused one is used, which is slower"
+    return drawn, None, (_finding("unfused", Severity.WARN, stage.component, message),)
+
+
+def _fault_of_fusion(
+    task: GraphTask,
+    stage: Stage,
+    model: Any,  # noqa: ANN401
+    fusion: Fusion,
+    expected: Mapping[str, torch.Tensor],
+    rule: Rule,
+) -> str | None:
+    """Fuse in place and say what is wrong with the result, as far as it can be tried."""
+    from lora_deploy.export.trial import fault_of
+
     try:
-        _fuse(fused, task.provider)
-        fault = fault_of(fused, stage.others, expected, task.dtype) if task.provider == "cpu" else None
+        fuse(model, task.provider, rule, rotates=fusion.rotates)
+        return fault_of(model, stage.others, expected, task.dtype) if task.provider == "cpu" else None
     except Exception as error:  # noqa: BLE001 - a fusion that fails is the reason to go without
-        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _untried(task: GraphTask, stage: Stage) -> tuple[Finding, ...]:
+    if task.provider == "cpu":
+        return ()
+    message = f"the graph was not run: only --provider cpu is tried here, not {task.provider}"
+    return (_finding("untried", Severity.WARN, stage.component, message),)
+
+
+def _require_model(task: GraphTask, stage: Stage, drawn: Any, expected: Mapping[str, torch.Tensor]) -> None:  # noqa: ANN401
+    from lora_deploy.export.trial import fault_of
+
+    fault = fault_of(drawn, stage.others, expected, task.dtype) if task.provider == "cpu" else None
     if fault:
-        message = f"the graph fused for {task.provider} fails ({fault}); the unfused one is used, which is slower"
-        return drawn, False, (_finding("unfused", Severity.WARN, stage.component, message),)
-    if task.provider != "cpu":
-        message = f"the graph was not run: only --provider cpu is tried here, not {task.provider}"
-        return fused, True, (_finding("untried", Severity.WARN, stage.component, message),)
-    return fused, True, ()
-
-
-def _fuse(model: Any, provider: str) -> None:  # noqa: ANN401
-    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
-
-    fuse_for_onnxruntime(model, provider)
+        raise ExportError(f"{stage.component}: the graph is not the model: {fault}")
 
 
 def _refill(model: Any, task: GraphTask, seed: int) -> None:  # noqa: ANN401
     """Give the model another set of weights, in place: the traced graph refers to its tensors."""
+    import torch
+
     other = load_model(task.checkpoints[seed], task.dtype)
     with torch.no_grad():
         for name, tensor in other.state_dict().items():

@@ -7,17 +7,20 @@ here (another provider's kernels) is said to be untried.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_deploy.export.drawn import external, initializers, values_of
 from lora_deploy.export.extras import require_onnxruntime
 from lora_deploy.tensors import DType
 
 TOLERANCE = {DType.F32: 1e-3, DType.F16: 5e-2, DType.BF16: 2e-1}
 """Largest deviation, as a share of an output's largest value; this is a check of the graph, not of its precision."""
+_MIN_LENT_BYTES = 1 << 10
 
 
 def expected_outputs(module: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ANN401 - a torch module
@@ -37,7 +40,9 @@ def fault_of(model: Any, inputs: Mapping[str, Any], expected: Mapping[str, Tenso
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     try:
-        content = onnx_ir.to_proto(model).SerializeToString()
+        weights = _lend_weights(model, options)
+        with _emptied(model, weights):
+            content = onnx_ir.to_proto(model).SerializeToString()
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         leaves = get_leaf_tensors(copy.deepcopy(dict(inputs)))
         feed = {}
@@ -58,6 +63,33 @@ def fault_of(model: Any, inputs: Mapping[str, Any], expected: Mapping[str, Tenso
         if fault:
             return f"output {name} {fault}"
     return None
+
+
+def _lend_weights(model: Any, options: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Have the runtime read larger weights where they are; they are valid while what is returned lives.
+
+    A graph file may not hold more than 2 GB, and copies of a model are what memory is short of.
+    """
+    runtime = require_onnxruntime()
+    large = {name: value for name, value in initializers(model).items() if value.const_value.nbytes >= _MIN_LENT_BYTES}
+    weights = {name: values_of(value).contiguous() for name, value in large.items()}
+    lent = [runtime.OrtValue.ortvalue_from_numpy(values.numpy()) for values in weights.values()]
+    options.add_external_initializers(list(weights), lent)
+    return weights
+
+
+@contextmanager
+def _emptied(model: Any, names: Collection[str]) -> Iterator[None]:  # noqa: ANN401
+    """Take some initializers' values out of a model for a while."""
+    before = {name: value.const_value for name, value in initializers(model).items() if name in names}
+    try:
+        for name, tensor in before.items():
+            value = model.graph.initializers[name]
+            value.const_value = external(value, "weights", 0, tensor.nbytes)
+        yield
+    finally:
+        for name, tensor in before.items():
+            model.graph.initializers[name].const_value = tensor
 
 
 def read_positions(output: Tensor, mask: Any) -> Tensor:  # noqa: ANN401 - a tensor or None

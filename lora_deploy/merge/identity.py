@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_deploy.artifact import Artifact, cached_sha256, known_sha256
 from lora_deploy.checkpoint import Checkpoint
-from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress, reporting
+
+if TYPE_CHECKING:
+    from lora_deploy.merge.plan import MergePlan
 
 _DECIDING = ("dtype", "max_shard_bytes")
 

@@ -5,13 +5,14 @@ Promise: canonical JSON, a schema version, digests of every input and of every o
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import InputError
+from lora_deploy.errors import InputError, RecipeError
 
 RECORD_NAME = "merge.json"
 SCHEMA: Literal[1] = 1
@@ -169,3 +170,18 @@ def read_record(folder: Path) -> MergeRecord:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {where}: {first['msg']}", hint="written by another version?") from error
+
+
+def merged_folder(folder: str | PathLike[str] | None, *others: str) -> Path:
+    """Find the folder that is meant: without one, the current folder if it holds our record, or one of ``others``.
+
+    Raises:
+        RecipeError: No folder is named, and the current one holds no record.
+        InputError: There is no such folder.
+    """
+    root = Path(folder) if folder is not None else Path()
+    if folder is None and not any((root / name).is_file() for name in (RECORD_NAME, *others)):
+        raise RecipeError(f"the current folder holds no {RECORD_NAME}", hint="name the merged folder")
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    return root

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def test_nothing_is_left_unfused(case: Case) -> None:
+    assert "unfused" not in {finding.code for finding in case.exported.record.findings}
+    if "num_key_value_heads" in (case.exported.root / "config.json").read_text():
+        for graph in case.exported.graphs.values():
+            operators = [node.op_type for node in onnx.load(str(graph), load_external_data=False).graph.node]
+            assert operators.count("GroupQueryAttention") == 2
 
 
 def _prefill(case: Case, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from lora_deploy.errors import ExportError
 from lora_deploy.export import transformers as maker
+from lora_deploy.export import trial
+from lora_deploy.export.drawn import initializers, values_of
+from lora_deploy.export.folding import Rule, nothing_of_weights
 from lora_deploy.export.interface import GraphTask
 from lora_deploy.export.stages import Stage
 from lora_deploy.export.trial import expected_outputs, fault_of, read_positions
@@ -41,31 +45,32 @@ def _drawn() -> Any:
 
 
 def _fused(stage: Stage, monkeypatch: pytest.MonkeyPatch, fuse: Any, task: GraphTask) -> tuple[Any, bool, list[str]]:
-    monkeypatch.setattr(maker, "_fuse", fuse)
-    model, is_fused, findings = maker._fused(task, stage, _drawn(), expected_outputs(stage.module, stage.others))
-    return model, is_fused, [finding.message for finding in findings]
+    monkeypatch.setattr(maker, "fuse", fuse)
+    said = expected_outputs(stage.module, stage.others)
+    model, fusion, findings = maker._fused(task, stage, _drawn(), said, nothing_of_weights)
+    return model, fusion is not None, [finding.message for finding in findings]
 
 
 def _operators(model: Any) -> list[str]:
     return [node.op_type for node in model.graph]
 
 
-def _drop_one(model: Any, _: str) -> None:
+def _drop_one(model: Any, _: str, __: Rule, *, rotates: bool = True) -> None:
     """A sound fusion: the multiplication by one goes."""
     node = next(node for node in model.graph if node.outputs[0].name == "m")
     node.outputs[0].replace_all_uses_with(node.inputs[0])
     model.graph.remove(node)
 
 
-def _unknown_operator(model: Any, _: str) -> None:
+def _unknown_operator(model: Any, _: str, __: Rule, *, rotates: bool = True) -> None:
     next(node for node in model.graph if node.op_type == "Mul").op_type = "FusedMul"
 
 
-def _wrong(model: Any, _: str) -> None:
+def _wrong(model: Any, _: str, __: Rule, *, rotates: bool = True) -> None:
     next(node for node in model.graph if node.op_type == "Mul").op_type = "Add"
 
 
-def _raise(_model: Any, _provider: str) -> None:
+def _raise(_model: Any, _provider: str, _rule: Rule, *, rotates: bool) -> None:
     raise TypeError("no such pattern")
 
 
@@ -93,6 +98,49 @@ def test_a_fusion_that_fails_leaves_the_graph_unfused(
     assert said[0].startswith("the graph fused for cpu fails (")
     assert reason in said[0]
     assert fault_of(model, stage.others, expected_outputs(stage.module, stage.others), DType.F32) is None
+
+
+def test_attention_that_rotates_wrongly_is_fused_without_rotating(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fuse(model: Any, _: str, rule: Rule, *, rotates: bool) -> None:
+        asked.append(rotates)
+        if not rotates:
+            _drop_one(model, "cpu", rule)
+            return
+        node = next(node for node in model.graph if node.op_type == "Mul")
+        node.op_type = "GroupQueryAttention"
+        node.attributes["do_rotary"] = onnx_ir.AttrInt64("do_rotary", 1)
+
+    model, is_fused, said = _fused(stage, monkeypatch, fuse, _task())
+    assert (asked, is_fused, said) == ([True, False], True, [])
+    assert _operators(model) == ["MatMul", "Mul", "MatMul"]
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_an_unfused_graph_that_is_not_the_model_is_no_export(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, is_stored: bool
+) -> None:
+    monkeypatch.setattr(maker, "fuse", _raise)
+    drawn = _drawn()
+    _wrong(drawn, "cpu", nothing_of_weights)
+    said = expected_outputs(stage.module, stage.others)
+    with pytest.raises(ExportError, match="model: the graph is not the model: output y differs"):
+        maker._fused(_task(is_stored=is_stored), stage, drawn, said, nothing_of_weights)
+
+
+def test_weights_are_lent_to_the_runtime_and_stay_in_the_model(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_MIN_LENT_BYTES", 100)
+    drawn = _drawn()
+    assert fault_of(drawn, stage.others, expected_outputs(stage.module, stage.others), DType.F32) is None
+    values = {name: values_of(value) for name, value in initializers(drawn).items()}
+    assert torch.equal(values["val_1"], TENSORS["a.weight"].T)
+    assert torch.equal(values["norm.weight"], TENSORS["norm.weight"])
+    initializers(drawn)["val_1"].const_value = onnx_ir.Tensor(2 * values["val_1"].numpy(), name="val_1")
+    fault = fault_of(drawn, stage.others, expected_outputs(stage.module, stage.others), DType.F32)
+    assert str(fault).startswith("output y differs from the model's by")
 
 
 def test_what_cannot_be_run_here_is_said_to_be_untried(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
