@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lora_deploy.adapters.interface import ReadOptions
 from lora_deploy.cli.numbers import Size
@@ -87,6 +88,8 @@ def merge(
     from lora_deploy.cli.merge_tables import show_merged, show_plan
     from lora_deploy.validate import BindOptions
 
+    if pipeline.is_onnx(base) and click.get_current_context().get_parameter_source("dtype") is ParameterSource.DEFAULT:
+        choices["dtype"] = "base"  # a graph keeps its format
     plan = pipeline.plan(
         adapters,
         base=base,

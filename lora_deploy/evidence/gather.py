@@ -25,8 +25,8 @@ from lora_deploy.export.sources import CheckpointSource
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress
 
-_LEFT_OUT = NotApplicable(reason="left out by --only or --skip", is_skipped=True)
-_NO_GRAPHS = NotApplicable(reason="there are no graphs")
+LEFT_OUT = NotApplicable(reason="left out by --only or --skip", is_skipped=True)
+NO_GRAPHS = NotApplicable(reason="there are no graphs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +64,9 @@ def gather(
         MemoryBudgetError: The plan's memory budget is too small for its replay.
         RecipeError: No provider has the name that was given.
     """
-    replayed: ReplayReport | NotApplicable = _LEFT_OUT
-    parity: ParityReport | NotApplicable = _LEFT_OUT
-    latency: LatencyReport | NotApplicable = _LEFT_OUT
+    replayed: ReplayReport | NotApplicable = LEFT_OUT
+    parity: ParityReport | NotApplicable = LEFT_OUT
+    latency: LatencyReport | NotApplicable = LEFT_OUT
     with ExitStack() as stack:
         graphs = _graphs(plan, folder, options, stack, progress)
         if options.includes(Check.REPLAY):
@@ -78,7 +78,7 @@ def gather(
             chosen = ParityOptions(probes=options.probes)
             parity = check_parity(plan, open_merged(folder), chosen, graphs=pair, progress=progress)
         if options.includes(Check.LATENCY):
-            latency = _latency(graphs, plan, options, progress) if graphs else _NO_GRAPHS
+            latency = _latency(graphs, plan, options, progress) if graphs else NO_GRAPHS
     return Evidence(replay=replayed, parity=parity, latency=latency)
 
 

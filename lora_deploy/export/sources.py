@@ -21,7 +21,7 @@ from lora_deploy.merge.identity import base_artifacts, identify
 from lora_deploy.merge.local import chosen_device, local_workers
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
 from lora_deploy.merge.progress import Progress
-from lora_deploy.merge.shard import chunks
+from lora_deploy.merge.whole import whole_tensors
 from lora_deploy.names.index import NameIndex
 from lora_deploy.names.ties import ties_of
 from lora_deploy.rounding import torch_dtype
@@ -89,19 +89,9 @@ class PlanSource:
         footprint, device = fit(self._plan), chosen_device(self._plan.options.device)
         checkpoint = self._plan.binding.checkpoint
         with local_workers(footprint.n_workers, footprint.n_ahead, device) as workers:
-            parts = (
-                chunk
-                for name in names
-                for chunk in chunks(self._planned[name], checkpoint, workers.device, footprint.chunk_elements)
-            )
-            buffer = bytearray()
-            for chunk, view, _ in workers.evaluate(parts):
-                spec = chunk.tensor.spec
-                if chunk.start == 0:
-                    buffer = bytearray(spec.n_bytes)
-                buffer[chunk.start : chunk.stop] = view
-                if chunk.stop == spec.n_bytes:
-                    yield torch.frombuffer(buffer, dtype=torch_dtype(spec.dtype)).view(spec.shape)
+            planned = (self._planned[name] for name in names)
+            for _, tensor, _ in whole_tensors(planned, checkpoint, workers, footprint.chunk_elements):
+                yield tensor
 
     def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
         """Digest base and adapters, and say with which options they are merged."""
