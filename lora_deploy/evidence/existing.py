@@ -10,10 +10,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_deploy.errors import InputError
 from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.gather import LEFT_OUT, NO_GRAPHS
 from lora_deploy.evidence.graphs import GraphFolder, find_graphs
-from lora_deploy.evidence.latency import LatencyOptions, LatencyReport, Proof, check_latency, prove_by
+from lora_deploy.evidence.latency import (
+    LatencyOptions,
+    LatencyReport,
+    Proof,
+    check_latency,
+    conclude,
+    proof_of,
+    prove_by,
+)
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.outcome import NotApplicable, Outcome, TensorOutcome
 from lora_deploy.evidence.replay import ReplayReport
@@ -106,7 +115,12 @@ def _latency(
             return Proof(is_equal=False, reason=f"the weights are not the merged ones: {replayed.reason}")
         return proof
 
-    return check_latency(merged, before, plan.config, chosen, prove=prove, progress=progress)
+    try:
+        return check_latency(merged, before, plan.config, chosen, prove=prove, progress=progress)
+    except InputError as error:  # nobody but the exporter knows what this graph wants to be given
+        proof = proof_of(merged, before, prove)
+        verdict, reason = conclude(proof, None)
+        return LatencyReport(verdict=verdict, reason=reason or f"not measured: {error.message}", proof=proof)
 
 
 def _folder(root: Path, graphs: tuple[str, ...]) -> GraphFolder | None:

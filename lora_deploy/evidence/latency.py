@@ -153,7 +153,7 @@ def check_latency(
         RecipeError: No provider has that name.
     """
     options, started = options or LatencyOptions(), time.monotonic()
-    proof = _proof(merged, base, prove)
+    proof = proof_of(merged, base, prove)
     workload = Workload.of(config, provider=options.provider, n_threads=options.n_threads)
     folders = {BASE: base, MERGED: merged, AGAIN: base, **({CONTRAST: contrast} if contrast else {})}
     needed, available = 2 * sum(folder.n_bytes for folder in folders.values()), available_bytes()
@@ -236,7 +236,8 @@ def _concluded(
     )
 
 
-def _proof(merged: GraphFolder, base: GraphFolder, prove: Prove | None) -> Proof:
+def proof_of(merged: GraphFolder, base: GraphFolder, prove: Prove | None) -> Proof:
+    """Compare all graphs of two exports; the first that differs speaks."""
     if prove is None:
         return Proof(is_equal=None, reason="the graphs were not compared")
     if len(merged.files) != len(base.files):

@@ -22,7 +22,16 @@ from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.stages import stages_of, varying
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import export
-from tests.parity.exports import Case, assert_close, contents, export_with, prepare, run, tokens
+from tests.parity.exports import (
+    Case,
+    assert_close,
+    contents,
+    export_with,
+    merged_into_export,
+    prepare,
+    run,
+    tokens,
+)
 from tests.peer.models import bert, t5, vit
 from tests.peer.trained import MEMORY_BYTES
 
@@ -162,3 +171,12 @@ def test_an_encoder_decoder_answers_token_by_token_as_the_merged_model_does(
         state = state | run(graphs["decode"], inputs)
         expected = _logits(translator.model, **batch, decoder_input_ids=answer)[:, -1]
         assert_close(state["logits"][:, -1], expected)
+
+
+@pytest.mark.parametrize("name", ["classifier", "translator"])
+def test_an_adapter_merged_into_the_bases_export_gives_the_merged_models_export(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    case = request.getfixturevalue(name)
+    folder = merged_into_export(case, tmp_path / "grafted")
+    assert contents(folder, "*.onnx", "*.data") == contents(case.exported.root, "*.onnx", "*.data")

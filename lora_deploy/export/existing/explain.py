@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_deploy.errors import Finding, Severity
 from lora_deploy.export.binding_table import Joined, Origin, Slot, Taken
-from lora_deploy.export.existing.naming import Namer, packed_names, spell
+from lora_deploy.export.existing.naming import Namer, packed_names, part_of, spell
 from lora_deploy.export.existing.runs import Run
 from lora_deploy.export.existing.uses import Layout, Use, uses_of
 from lora_deploy.names.dialects import CONV1D_MODULES, CONV1D_TYPES, model_types
@@ -61,7 +61,9 @@ def explain(graphs: Sequence[GraphFile], config: Mapping[str, Any]) -> tuple[lis
     readings: dict[Run, _Reading] = defaultdict(_Reading)
     findings: list[Finding] = []
     for graph in graphs:
-        uses, namer = uses_of(graph.model), Namer(tensor.name for tensor in graph.model.graph.initializer)
+        uses, names = uses_of(graph.model), [tensor.name for tensor in graph.model.graph.initializer]
+        modules = [use.module for found in uses.values() for use in found if use.module]
+        namer = Namer(names, part_of(graph.file, [*names, *modules], config))
         for name, run in graph.runs.items():
             reading = readings[run]
             reading.initializers.append(name)

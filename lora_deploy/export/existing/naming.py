@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lora_deploy.export.existing.uses import Layout, Use
 
@@ -18,15 +19,20 @@ _BUILDERS = re.compile(r"\.(?:MatMul|Add)\.(?=weight$|bias$)")
 """What onnxruntime-genai's builder puts between a module and its parameter."""
 _TELLING = frozenset({Layout.UPRIGHT, Layout.TURNED})
 """Readers of a module's ``weight``; others may read anything of its module."""
+_ENCODER = "encoder"
 _BUILDERS_ATTENTION = re.compile(r"(?<=\.)attn(?=\.)")
 
 
 class Namer:
     """Names the matrices of one graph."""
 
-    def __init__(self, initializers: Iterable[str]) -> None:
-        """Look at all names: they tell onnxruntime-genai's builder, which has names of its own for attention."""
+    def __init__(self, initializers: Iterable[str], part: str = "") -> None:
+        """Look at all names: they tell onnxruntime-genai's builder, which has names of its own for attention.
+
+        ``part`` is the module that the graph was exported from, where that is not the whole model.
+        """
         self.is_builders = any(_BUILDERS.search(name) for name in initializers)
+        self._prefix = f"{part}." if part else ""
 
     def names(self, initializer: str, uses: Sequence[Use]) -> dict[str, None]:
         """Give the checkpoint's names of an initializer, in the order of its uses; none where nothing tells."""
@@ -35,9 +41,9 @@ class Namer:
         found: dict[str, None] = {}
         for use in uses:
             if own is not None and (use.module is None or _holds(use.module, own)):
-                found[own] = None
+                found[self._prefix + own] = None
             elif use.module is not None and (own is not None or use.layout in _TELLING):
-                found[f"{self._dialect(use.module)}.{leaf}"] = None
+                found[f"{self._prefix}{self._dialect(use.module)}.{leaf}"] = None
         return found
 
     def _own(self, initializer: str) -> str | None:
@@ -51,6 +57,12 @@ class Namer:
 
     def _dialect(self, name: str) -> str:
         return _BUILDERS_ATTENTION.sub("self_attn", name, count=1) if self.is_builders else name
+
+
+def part_of(file: str, modules: Iterable[str], config: Mapping[str, Any]) -> str:
+    """Name the part of the model that a graph is: of an encoder-decoder, the encoder is exported by itself."""
+    is_encoder = bool(config.get("is_encoder_decoder")) and file.startswith(_ENCODER)
+    return "" if not is_encoder or any(_ENCODER in module.split(".") for module in modules) else _ENCODER
 
 
 def packed_names(name: str) -> tuple[str, str, str] | None:
