@@ -169,6 +169,17 @@ def test_weights_in_branches_are_read_by_what_reads_them_there(tmp_path: Path) -
     assert torch.equal(opened(tmp_path / "one", {"w": W}, [same], inputs=("x", "flag"))[_NAMED], W.T)
 
 
+def test_an_encoder_that_was_exported_by_itself_gets_its_place_in_the_model(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "w"], "y", "/block.0/layer.0/SelfAttention/q/MatMul")]
+    t5 = {"model_type": "t5", "is_encoder_decoder": True}
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert set(opened(tmp_path / "a", {"w": W}, nodes, config=t5, file="encoder_model.onnx")) == {name}
+    assert name not in opened(tmp_path / "b", {"w": W}, nodes, config=t5, file="decoder_model.onnx")
+    assert name not in opened(tmp_path / "c", {"w": W}, nodes, file="encoder_model.onnx")
+    whole = [node("MatMul", ["x", "w"], "y", "/encoder/block.0/layer.0/SelfAttention/q/MatMul")]
+    assert set(opened(tmp_path / "d", {"w": W}, whole, config=t5, file="encoder_model.onnx")) == {name}
+
+
 def test_graphs_that_share_a_file_belong_together_and_others_stay_out(tmp_path: Path) -> None:
     write(tmp_path, *optimum(plain_tensors()))
     content = (tmp_path / "model.onnx").read_bytes()
