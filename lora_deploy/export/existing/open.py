@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lora_deploy.artifact import cached_sha256
 from lora_deploy.checkpoint import CheckpointRef, contained_path, has_weights, read_json
-from lora_deploy.errors import Finding, InputError, Severity
+from lora_deploy.errors import Finding, InputError, MalformedCheckpointError, Severity
 from lora_deploy.export.binding_table import BindingTable, Slot, taken_tensors
 from lora_deploy.export.canonical import load_graph
 from lora_deploy.export.existing.base import (
@@ -55,11 +56,13 @@ def open_onnx_base(reference: str | os.PathLike[str], files: Sequence[str] | Non
         ExportError: The package onnx is missing.
     """
     path = Path(reference).expanduser()
-    folder = path.parent if _is_graph(path) else next(iter(_graphs_in(path))).parent
-    names = files if files is not None else [graph.name for graph in _graphs_in(folder)]
-    graphs = [_graph(folder, name) for name in names if files or not _is_graph(path) or name != path.name]
-    if _is_graph(path) and files is None:
-        graphs = _sharing(_graph(folder, path.name), graphs)
+    found = [path] if _is_graph(path) else _graphs_in(path)
+    if not found:
+        raise MalformedCheckpointError(f"{path}: there is no graph any more")
+    folder = found[0].parent
+    if files is None:
+        files = _sharing(path) if _is_graph(path) else [graph.name for graph in found]
+    graphs = [_graph(folder, name) for name in files]
     config = _config(folder)
     table = _own_table(folder, graphs)
     refuse_overlaps(folder, [run for graph in graphs for run in graph.runs.values()])
@@ -111,15 +114,22 @@ def _graph(folder: Path, name: str) -> GraphFile:
     return GraphFile(file=name, model=model, runs=runs_of(folder, name, model))
 
 
-def _sharing(chosen: GraphFile, others: Sequence[GraphFile]) -> list[GraphFile]:
-    """Add the graphs that read weights of the chosen one: they must change with it."""
-    found, waiting = [chosen], list(others)
-    files = {run.file for run in chosen.runs.values()} - {chosen.file}
-    while joining := [graph for graph in waiting if files & {run.file for run in graph.runs.values()}]:
+def _sharing(chosen: Path) -> list[str]:
+    """Name a graph and those of its folder that read the same files of weights: they must change with it."""
+    waiting = {path.name: _locations(path) for path in chosen.parent.glob("*.onnx") if path.name != chosen.name}
+    found, places = [chosen.name], _locations(chosen)
+    while joining := sorted(name for name, own in waiting.items() if own & places):
         found += joining
-        files |= {run.file for graph in joining for run in graph.runs.values()} - {graph.file for graph in joining}
-        waiting = [graph for graph in waiting if graph not in joining]
+        places = places.union(*(waiting.pop(name) for name in joining))
     return found
+
+
+def _locations(path: Path) -> set[str]:
+    """Files that a graph keeps weights in; none where it is no graph, such as a file that was not fetched."""
+    with suppress(InputError):
+        tensors = load_graph(path).graph.initializer
+        return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return set()
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def runs_of(root: Path, file: str, model: Any) -> dict[str, Run]:  # noqa: ANN40
         if dtype is None:
             continue
         shape = tuple(tensor.dims)
+        if any(size < 0 for size in shape):
+            raise MalformedCheckpointError(f"{root / file}: {tensor.name}: found shape {shape}, expected sizes")
         n_bytes = dtype.n_bytes * math.prod(shape)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             runs[tensor.name] = _external(root, file, tensor, Run("", 0, n_bytes, dtype, shape))

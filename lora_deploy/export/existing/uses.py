@@ -20,6 +20,8 @@ Proto: TypeAlias = Any
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PASSED_ON = frozenset({"Identity", "Cast"})
+_PRODUCTS = frozenset({("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")})
+"""Domain and operator of what multiplies with a matrix on the right."""
 
 
 class Layout(StrEnum):
@@ -114,7 +116,7 @@ def _layout(node: Proto, position: int, n_axes: int, *, is_turned: bool) -> Layo
     kind = (node.domain, node.op_type)
     if n_axes < 2:
         return Layout.VECTOR
-    if n_axes == 2 and position == 1 and kind in {("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")}:
+    if n_axes == 2 and position == 1 and kind in _PRODUCTS and not _does_more(node):
         is_upright = bool(_attribute(node, "transB", 0)) and node.op_type != "MatMul"
     elif n_axes == 2 and position == 0 and kind == ("", "Gather") and _attribute(node, "axis", 0) == 0:
         is_upright = True
@@ -123,6 +125,12 @@ def _layout(node: Proto, position: int, n_axes: int, *, is_turned: bool) -> Layo
     else:
         return Layout.UNKNOWN
     return Layout.UPRIGHT if is_upright != is_turned else Layout.TURNED
+
+
+def _does_more(node: Proto) -> bool:
+    """Whether a product is scaled, or its axes are other ones than the last two."""
+    scales = (attribute.f for attribute in node.attribute if attribute.name == "alpha")
+    return any(scale != 1 for scale in scales) or bool(_attribute(node, "transBatchB", 0))
 
 
 def _heads(node: Proto, readers: dict[str, list[Proto]]) -> tuple[int, int] | None:
@@ -144,7 +152,7 @@ def _module(node: Proto) -> str | None:
     if scopes is not None:
         try:
             path = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
         is_path = isinstance(path, list) and len(path) > 1 and isinstance(path[-2], str)
         return path[-2] or None if is_path else None

@@ -68,6 +68,8 @@ def test_a_square_matrix_lies_as_its_reader_says(tmp_path: Path, nodes: list[Any
         [node("MatMul", ["x", "w"], "h", _NODE), node("Gemm", ["h", "w"], "y", _NODE, transB=1)],
         [node("MatMul", ["x", "w"], "h", _NODE), node("Mul", ["h", "w"], "y", "/other/Mul")],
         [node("MatMul", ["x", "w"], "y", "MatMul_7")],
+        [node("Gemm", ["x", "w"], "y", _NODE, alpha=0.5)],
+        [node("FusedMatMul", ["x", "w"], "y", _NODE, domain="com.microsoft", alpha=0.5)],
     ],
 )
 def test_what_no_reader_explains_is_no_tensor(tmp_path: Path, nodes: list[Any]) -> None:
@@ -185,8 +187,10 @@ def test_graphs_that_share_a_file_belong_together_and_others_stay_out(tmp_path: 
     content = (tmp_path / "model.onnx").read_bytes()
     (tmp_path / "with_past.onnx").write_bytes(content)
     write(tmp_path, *optimum(plain_tensors()), file="alone.onnx", data="alone.data")
+    (tmp_path / "model_fp16.onnx").write_text("version https://git-lfs.github.com/spec/v1")
     assert open_onnx_base(tmp_path / "model.onnx").graphs == ("model.onnx", "with_past.onnx")
     assert open_onnx_base(tmp_path / "alone.onnx").graphs == ("alone.onnx",)
+    (tmp_path / "model_fp16.onnx").unlink()
     whole = open_onnx_base(tmp_path)
     assert whole.graphs == ("alone.onnx", "model.onnx", "with_past.onnx")
     assert all(len(views) == 2 for views in whole.views.values()), "of three graphs, two share their weights"

@@ -275,3 +275,6 @@ def test_verify_wants_the_base_that_was_merged(tmp_path: Path) -> None:
     _flip(moved / "model.onnx.data", 70)
     with pytest.raises(InputError, match="not the base that was merged"):
         verify(out, base=moved)
+    (moved / "model.onnx").unlink()
+    with pytest.raises(InputError):
+        verify(out, base=moved)
