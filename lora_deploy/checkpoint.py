@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_deploy.errors import MalformedCheckpointError, UnsafeFileError
+from lora_deploy.errors import Finding, MalformedCheckpointError, UnsafeFileError
 from lora_deploy.safetensors_file import NotSafetensorsError, read_header
 from lora_deploy.tensors import TensorSpec
 
@@ -51,6 +51,10 @@ class Checkpoint:
     """Byte at which each file's data section begins."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of the first file's header."""
+    findings: tuple[Finding, ...] = ()
+    """What was noticed when it was opened."""
+    is_out_in: bool = False
+    """Whether every matrix is known to be laid out as a linear layer's, (out, in), where no configuration says more."""
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @property

@@ -36,6 +36,7 @@ from lora_deploy.errors import (
 )
 from lora_deploy.evidence.bench import bench
 from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.existing import gather_existing
 from lora_deploy.evidence.gather import gather
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.verdict import Check, Verdict
@@ -43,6 +44,10 @@ from lora_deploy.export.adapter_file import SUFFIX as ADAPTER_SUFFIX
 from lora_deploy.export.adding import add_adapters, multi_lora_of
 from lora_deploy.export.execute import Exported, execute_export
 from lora_deploy.export.execute import default_output as default_export
+from lora_deploy.export.existing.base import OnnxBase
+from lora_deploy.export.existing.form import OnnxForm
+from lora_deploy.export.existing.open import is_onnx_base, open_onnx_base
+from lora_deploy.export.existing.plan import plan_existing
 from lora_deploy.export.fitting import Fit, check_file, check_fit
 from lora_deploy.export.generate import Answer, answer
 from lora_deploy.export.multi_lora import MultiLoraPlan, NamedAdapter, execute_multi_lora, plan_multi_lora
@@ -55,7 +60,8 @@ from lora_deploy.export.switchable import open_switchable
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
 from lora_deploy.merge.compose import versions
-from lora_deploy.merge.execute import Merged, execute, is_done
+from lora_deploy.merge.execute import Merged, is_done
+from lora_deploy.merge.execute import execute as execute_merge
 from lora_deploy.merge.identity import base_artifacts
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
@@ -88,6 +94,7 @@ __all__ = [
     "export",
     "inspect",
     "is_done",
+    "is_onnx",
     "merge",
     "named_base",
     "plan",
@@ -125,8 +132,18 @@ def validate(
         RecipeError: No base is named, or the options contradict each other.
     """
     read = [read_named(adapter, read_options) for adapter in several(adapters)]
-    checkpoint = open_base(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
+    checkpoint = _open(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
     return bind(read, checkpoint, bind_options)
+
+
+def is_onnx(base: Reference | None) -> bool:
+    """Whether a base is an existing ONNX export: merging into it keeps its graphs."""
+    return base is not None and is_onnx_base(base)
+
+
+def _open(base: str, *, dequantize: bool = False) -> Checkpoint:
+    """Open a base by what the user typed, an existing export among the rest."""
+    return open_onnx_base(base) if is_onnx_base(base) else open_base(base, dequantize=dequantize)
 
 
 def plan(
@@ -156,7 +173,20 @@ def plan_binding(
         LoraDeployError: As ``plan``.
     """
     companions = companion_files(binding.adapters, binding.checkpoint, binding.options.tokenizer)
+    if isinstance(binding.checkpoint, OnnxBase):
+        own = merge_options or MergeOptions(dtype="base")
+        return plan_existing(binding, own, read_options=read_options, companions=companions)
     return plan_merge(binding, merge_options or MergeOptions(), read_options=read_options, companions=companions)
+
+
+def execute(planned: MergePlan, output: Path, *, progress: Progress | None = None) -> Merged:
+    """Carry out a plan: a checkpoint, or the export that the base is, with merged weights.
+
+    Raises:
+        LoraDeployError: The plan cannot be carried out.
+    """
+    form = OnnxForm() if isinstance(planned.binding.checkpoint, OnnxBase) else None
+    return execute_merge(planned, output, form=form, progress=progress)
 
 
 def merge(
@@ -405,7 +435,10 @@ def verify(  # noqa: PLR0913 - an option type a stage
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
     chosen = options or VerifyOptions()
-    found = gather(planned, root, chosen, is_ours=is_ours, is_direct=is_direct, progress=progress)
+    if isinstance(planned.binding.checkpoint, OnnxBase):
+        found = gather_existing(planned, root, chosen, is_ours=is_ours, progress=progress)
+    else:
+        found = gather(planned, root, chosen, is_ours=is_ours, is_direct=is_direct, progress=progress)
     found.write(root)
     return found
 
@@ -510,7 +543,7 @@ def _recorded_plan(
         {str(adapter.path): adapter.sha256 for adapter in read},
         [entry.sha256 for entry in record.adapters],
     )
-    checkpoint = _recorded_base(record.base) if base is None else open_base(fspath(base))
+    checkpoint = _recorded_base(record.base) if base is None else _open(fspath(base))
     files = base_artifacts(checkpoint, progress)
     _check_digests(
         "base",
@@ -533,6 +566,9 @@ def _recorded_base(recorded: RecordedBase) -> Checkpoint:
     root = Path(recorded.root)
     if not root.is_dir():
         return open_base(f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name)
+    graphs = [file.path for file in recorded.files if file.path.endswith(".onnx")]
+    if graphs:
+        return open_onnx_base(root, graphs)
     lone = tuple(file.path for file in recorded.files) if len(recorded.files) == 1 else None
     return open_checkpoint(root, ref=CheckpointRef(name=recorded.name, revision=recorded.revision), files=lone)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lora_deploy.adapters.interface import ReadOptions
 from lora_deploy.cli.numbers import Size
@@ -37,7 +38,8 @@ from lora_deploy.merge.options import MergeOptions
     default="float16",
     show_default=True,
     help="What floating tensors are rounded to, once; base: each keeps its own, and what no update touches "
-    "is copied byte for byte. float16 keeps eight times more of the update than bfloat16.",
+    "is copied byte for byte. float16 keeps eight times more of the update than bfloat16. A BASE that is an ONNX "
+    "export keeps its own.",
 )
 @click.option(
     "--max-shard-size",
@@ -82,11 +84,14 @@ def merge(
       lora-deploy merge runs/7
       lora-deploy merge runs/7 --base owner/name@revision -o merged --dtype base
       lora-deploy merge style task --weight 0.5 --weight 1 --base ./base --dry-run
+      lora-deploy merge runs/7 --base exported/model.onnx -o exported-7
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
     from lora_deploy.cli.merge_tables import show_merged, show_plan
     from lora_deploy.validate import BindOptions
 
+    if pipeline.is_onnx(base) and click.get_current_context().get_parameter_source("dtype") is ParameterSource.DEFAULT:
+        choices["dtype"] = "base"  # a graph keeps its format
     plan = pipeline.plan(
         adapters,
         base=base,

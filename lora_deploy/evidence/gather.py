@@ -28,8 +28,8 @@ from lora_deploy.export.sources import CheckpointSource
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress
 
-_LEFT_OUT = NotApplicable(reason="left out by --only or --skip", is_skipped=True)
-_NO_GRAPHS = NotApplicable(reason="there are no graphs")
+LEFT_OUT = NotApplicable(reason="left out by --only or --skip", is_skipped=True)
+NO_GRAPHS = NotApplicable(reason="there are no graphs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +82,9 @@ def gather(
         MemoryBudgetError: The plan's memory budget is too small for its replay.
         RecipeError: No provider has the name that was given.
     """
-    replayed: ReplayReport | NotApplicable = _LEFT_OUT
-    parity: ParityReport | NotApplicable = _LEFT_OUT
-    latency: LatencyReport | NotApplicable = _LEFT_OUT
+    replayed: ReplayReport | NotApplicable = LEFT_OUT
+    parity: ParityReport | NotApplicable = LEFT_OUT
+    latency: LatencyReport | NotApplicable = LEFT_OUT
     quantised_latency: dict[str, LatencyReport] = {}
     with ExitStack() as stack:
         graphs = _graphs(plan, folder, options, stack, progress, is_direct=is_direct)
@@ -106,7 +106,7 @@ def gather(
                 progress=progress,
             )
         if options.includes(Check.LATENCY):
-            latency = _latency(graphs, plan, options, progress) if graphs else _NO_GRAPHS
+            latency = _latency(graphs, plan, options, progress) if graphs else NO_GRAPHS
             quantised_latency = {found.name: _latency(found, plan, options, progress) for found in quantised}
     return Evidence(replay=replayed, parity=parity, latency=latency, quantised_latency=quantised_latency)
 

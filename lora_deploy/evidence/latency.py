@@ -158,7 +158,7 @@ def check_latency(
         RecipeError: No provider has that name.
     """
     options, started = options or LatencyOptions(), time.monotonic()
-    proof = _proof(merged, base, prove)
+    proof = proof_of(merged, base, prove)
     workload = Workload.of(config, provider=options.provider, n_threads=options.n_threads)
     folders = {BASE: base, MERGED: merged, AGAIN: base}
     problem = _lacks_memory(folders.values())
@@ -264,7 +264,8 @@ def _concluded(
     )
 
 
-def _proof(merged: GraphFolder, base: GraphFolder, prove: Prove | None) -> Proof:
+def proof_of(merged: GraphFolder, base: GraphFolder, prove: Prove | None) -> Proof:
+    """Compare all graphs of two exports; the first that differs speaks."""
     if prove is None:
         return Proof(is_equal=None, reason="the graphs were not compared")
     if len(merged.files) != len(base.files):

@@ -35,15 +35,20 @@ def replay_export(source: WeightSource, folder: Path, progress: Progress | None 
         InputError: A graph or the table cannot be read.
         ExportError: The weights lack a tensor that the table names.
     """
-    table = _read_table(folder)
+    table = read_table(folder)
     for component in table.components.values():
-        yield from _misplaced(folder, component, table)
+        yield from misplaced(folder, component, table)
     require_tensors(source, [taken.tensor for slot in table.slots for taken in taken_tensors(slot.origin)])
     with reporting(progress, "replaying the graphs' weights", sum(slot.n_bytes for slot in table.slots)) as advance:
         yield from _stale(folder, table, source, advance)
 
 
-def _read_table(folder: Path) -> BindingTable:
+def read_table(folder: Path) -> BindingTable:
+    """Read the binding table of an export.
+
+    Raises:
+        InputError: It is none.
+    """
     path = contained_path(folder, TABLE_NAME)
     try:
         return BindingTable.model_validate_json(path.read_bytes())
@@ -51,7 +56,7 @@ def _read_table(folder: Path) -> BindingTable:
         raise InputError(f"{path}: is not a binding table: {error}") from error
 
 
-def _misplaced(folder: Path, component: BoundComponent, table: BindingTable) -> Iterator[str]:
+def misplaced(folder: Path, component: BoundComponent, table: BindingTable) -> Iterator[str]:
     """Compare where a graph's initializers are with where the table says they are."""
     graph = load_graph(contained_path(folder, component.file)).graph
     known = component.slots.keys() | component.constants.keys()

@@ -93,29 +93,16 @@ class PlanSource:
         Raises:
             MergeError: A value cannot be merged or stored.
         """
-        import torch
-
         from lora_deploy.merge.budget import fit
         from lora_deploy.merge.local import chosen_device, local_workers
-        from lora_deploy.merge.shard import chunks
-        from lora_deploy.rounding import torch_dtype
+        from lora_deploy.merge.whole import whole_tensors
 
         footprint, device = fit(self._plan), chosen_device(self._plan.options.device)
         checkpoint = self._plan.binding.checkpoint
         with local_workers(footprint.n_workers, footprint.n_ahead, device) as workers:
-            parts = (
-                chunk
-                for name in names
-                for chunk in chunks(self._planned[name], checkpoint, workers.device, footprint.chunk_elements)
-            )
-            buffer = bytearray()
-            for chunk, view, _ in workers.evaluate(parts):
-                spec = chunk.tensor.spec
-                if chunk.start == 0:
-                    buffer = bytearray(spec.n_bytes)
-                buffer[chunk.start : chunk.stop] = view
-                if chunk.stop == spec.n_bytes:
-                    yield torch.frombuffer(buffer, dtype=torch_dtype(spec.dtype)).view(spec.shape)
+            planned = (self._planned[name] for name in names)
+            for _, tensor, _ in whole_tensors(planned, checkpoint, workers, footprint.chunk_elements):
+                yield tensor
 
     def inputs(self, progress: Progress | None) -> Mapping[str, Any]:
         """Digest base and adapters, and say with which options they are merged."""

@@ -169,7 +169,7 @@ def _work_bytes(plan: MergePlan, n_workers: int, chunk_elements: int, n_ahead: i
     exact = (n_ahead + 1 + N_HASHED_BEHIND) * chunk * widest_element + n_workers * tile * (_TILE_BYTES + _SETTLED_BYTES)
     largest_factors = max((_factor_bytes(tensor) for tensor in plan.tensors), default=0)
     defined = max((_defined_bytes(tensor, n_workers) for tensor in plan.tensors), default=0)
-    return exact + 2 * largest_factors + defined
+    return exact + 2 * largest_factors + defined + plan.n_whole_bytes
 
 
 def _n_cols(tensor: PlannedTensor) -> int:

@@ -21,6 +21,7 @@ from lora_deploy.merge.budget import Footprint, fit, private_bytes, require_disk
 from lora_deploy.merge.compose import compose_record
 from lora_deploy.merge.exact import BlockFacts
 from lora_deploy.merge.facts import TensorFacts
+from lora_deploy.merge.form import Form, SafetensorsForm, json_file
 from lora_deploy.merge.identity import identify, identity_digest
 from lora_deploy.merge.local import Workers, chosen_device, local_workers
 from lora_deploy.merge.output import (
@@ -37,8 +38,7 @@ from lora_deploy.merge.output import (
 )
 from lora_deploy.merge.plan import MergePlan, PlannedTensor, ShardPlan
 from lora_deploy.merge.progress import Progress, reporting
-from lora_deploy.merge.record import RECORD_NAME, MergeRecord
-from lora_deploy.merge.shard import chunks
+from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedFile
 from lora_deploy.safetensors_file import write_file
 
 _CHUNKS_A_SAMPLE = 8
@@ -63,8 +63,8 @@ class ShardResult:
     facts: Mapping[str, TensorFacts]
 
 
-def execute(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> Merged:
-    """Write the merged checkpoint to ``out``; a link there is followed.
+def execute(plan: MergePlan, out: Path, *, form: Form | None = None, progress: Progress | None = None) -> Merged:
+    """Write the merge to ``out``, as a checkpoint or in another form; a link there is followed.
 
     Raises:
         MemoryBudgetError, DiskSpaceError: Before any write.
@@ -84,7 +84,7 @@ def execute(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> 
             done = find_done(out, digest, fresh=plan.options.fresh)  # by now another process may have finished it
             if done is None:
                 claim(partial, identity, {shard.file for shard in plan.shards}, fresh=plan.options.fresh)
-                record = _carry_out(plan, partial, identity, footprint, device, progress)
+                record = _carry_out(plan, form or SafetensorsForm(), partial, identity, footprint, device, progress)
                 publish(partial, out)
                 _remember(out, record)
                 return Merged(root=root, record=record)
@@ -115,6 +115,7 @@ def _refuse_inputs_inside(plan: MergePlan, out: Path) -> None:
 
 def _carry_out(
     plan: MergePlan,
+    form: Form,
     partial: Path,
     identity: Mapping[str, Any],
     footprint: Footprint,
@@ -132,7 +133,9 @@ def _carry_out(
         local_workers(footprint.n_workers, footprint.n_ahead, device, is_compiled=footprint.is_compiled) as workers,
     ):
         for shard in rest:
-            result, shard_peak = _merge_shard(plan, shard, partial, workers, footprint, digest, advance)
+            result, shard_peak = _merge_shard(
+                plan, shard, form, partial, workers, footprint.chunk_elements, digest, advance
+            )
             finished[shard.file] = result
             peak = max(peak, shard_peak)
     cost = {
@@ -142,7 +145,7 @@ def _carry_out(
         "n_workers": footprint.n_workers,
         "device": str(device),
     }
-    return _finish(plan, partial, [result for result in finished.values() if result is not None], identity, cost)
+    return _finish(plan, form, partial, [result for result in finished.values() if result is not None], identity, cost)
 
 
 def _finished(partial: Path, shard: ShardPlan, digest: str) -> ShardResult | None:
@@ -162,36 +165,34 @@ def _finished(partial: Path, shard: ShardPlan, digest: str) -> ShardResult | Non
 def _merge_shard(
     plan: MergePlan,
     shard: ShardPlan,
+    form: Form,
     partial: Path,
     workers: Workers,
-    footprint: Footprint,
+    chunk_elements: int,
     digest: str,
     advance: Callable[[int], None],
 ) -> tuple[ShardResult, int]:
-    facts: dict[str, BlockFacts] = {}
+    facts: dict[str, tuple[PlannedTensor, BlockFacts]] = {}
     peak = 0
 
     def data() -> Iterator[memoryview]:
         nonlocal peak
-        parts = (
-            chunk
-            for tensor in shard.tensors
-            for chunk in chunks(tensor, plan.binding.checkpoint, workers.device, footprint.chunk_elements)
-        )
-        for number, (chunk, view, seen) in enumerate(workers.evaluate(parts)):
-            if chunk.compute is not None:
-                facts.setdefault(chunk.tensor.spec.name, BlockFacts()).add(seen)
+        for number, (view, tensor, seen) in enumerate(form.contents(plan, shard, workers, chunk_elements)):
+            if tensor is not None:
+                facts.setdefault(tensor.spec.name, (tensor, BlockFacts()))[1].add(seen)
             if number % _CHUNKS_A_SAMPLE == 0:
                 peak = max(peak, private_bytes())
             yield view
             advance(view.nbytes)
 
+    for path in (partial / shard.file, _shard_record_path(partial, shard)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     artifact = write_file(partial / shard.file, shard.header, data(), root=partial)
     if artifact.n_bytes != shard.n_bytes:
         raise MergeError(f"{shard.file}: wrote {artifact.n_bytes} bytes, planned {shard.n_bytes}")
     result = ShardResult(
         artifact=artifact,
-        facts={name: TensorFacts.of(seen, _planned(shard, name)) for name, seen in facts.items()},
+        facts={name: TensorFacts.of(seen, tensor) for name, (tensor, seen) in facts.items()},
     )
     entry = {
         "plan": digest,
@@ -203,48 +204,35 @@ def _merge_shard(
     return result, peak
 
 
-def _planned(shard: ShardPlan, name: str) -> PlannedTensor:
-    return next(tensor for tensor in shard.tensors if tensor.spec.name == name)
-
-
 def _shard_record_path(partial: Path, shard: ShardPlan) -> Path:
     return partial / WORK_FOLDER / f"{shard.file}.json"
 
 
 def _finish(
-    plan: MergePlan, partial: Path, results: list[ShardResult], identity: Mapping[str, Any], cost: Mapping[str, Any]
+    plan: MergePlan,
+    form: Form,
+    partial: Path,
+    results: list[ShardResult],
+    identity: Mapping[str, Any],
+    cost: Mapping[str, Any],
 ) -> MergeRecord:
-    """Write everything but the weights: index, configuration, travelling files, and at last the record."""
+    """Write everything but the weights: configuration, travelling files, the form's own, and at last the record."""
     artifacts = [result.artifact for result in results]
-    if len(plan.shards) > 1:
-        artifacts.append(_write_json(partial, "model.safetensors.index.json", _index(plan)))
-    if plan.config:
-        artifacts.append(_write_json(partial, "config.json", plan.config))
+    if plan.config and "config.json" not in plan.companions:
+        artifacts.append(_write_bytes(partial, "config.json", json_file(plan.config)))
     for name, source in sorted(plan.companions.items()):
         artifacts.append(_write_bytes(partial, name, source.read_bytes()))
+    written = tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts))
+    artifacts += [_write_bytes(partial, name, content) for name, content in form.others(plan, written).items()]
     facts = {name: tensor for result in results for name, tensor in result.facts.items()}
     record = compose_record(plan, identity, sorted(artifacts), facts, cost)
     write_text(partial / RECORD_NAME, record.text())
     return record
 
 
-def _index(plan: MergePlan) -> dict[str, Any]:
-    names = {tensor.spec.name: tensor.spec.file for tensor in plan.tensors}
-    total = sum(tensor.spec.n_bytes for tensor in plan.tensors)
-    n_elements = sum(tensor.spec.n_elements for tensor in plan.tensors)
-    return {
-        "metadata": {"total_parameters": n_elements, "total_size": total},
-        "weight_map": dict(sorted(names.items())),
-    }
-
-
 def _remember(out: Path, record: MergeRecord) -> None:
     for file in record.artifacts:
         remember_sha256(out / file.path, file.sha256)
-
-
-def _write_json(folder: Path, name: str, value: Mapping[str, Any]) -> Artifact:
-    return _write_bytes(folder, name, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def _write_bytes(folder: Path, name: str, content: bytes) -> Artifact:

@@ -86,6 +86,8 @@ class MergePlan:
     """Other files that travel: name in the output, and where from."""
     findings: tuple[Finding, ...]
     """Those of binding and planning."""
+    n_whole_bytes: int = 0
+    """Memory for what is held whole, where row blocks are not written as they come."""
 
     @property
     def tensors(self) -> Iterator[PlannedTensor]:

@@ -37,6 +37,7 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     if options.weights and len(options.weights) != len(adapters):
         raise RecipeError(f"found {len(options.weights)} weights for {len(adapters)} adapters")
     findings = Findings()
+    findings.extend(checkpoint.findings)
     given, (adapters, checkpoint) = tuple(adapters), without_adapter(adapters, checkpoint)
     stack, config_edits = replicated(adapters, checkpoint, findings)
     base, choice = Base(checkpoint, stack), Choice(options)

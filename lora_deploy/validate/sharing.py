@@ -38,7 +38,7 @@ def share(
         source, member = updates.get(tie.source, []), updates.get(tie.member, [])
         if not (source or member) or not (member or tie.is_present) or not base.is_shared(tie):
             continue
-        if source and member and _are_equal(source, member):
+        if source and member and are_equal(source, member):
             _keep_tied(tie, updates)
         elif not (source and member) and all(map(is_of_both, source or member)):
             _change_both(tie, updates)
@@ -97,7 +97,8 @@ def _is_shared_kind(module_update: ModuleUpdate, base: Base) -> bool:
     return isinstance(update, TokenRows)
 
 
-def _are_equal(source: Sequence[ModuleUpdate], member: Sequence[ModuleUpdate]) -> bool:
+def are_equal(source: Sequence[ModuleUpdate], member: Sequence[ModuleUpdate]) -> bool:
+    """Whether two tensors get the same updates, value for value."""
     return len(source) == len(member) and all(
         one.adapter_index == other.adapter_index
         and type(one.update) is type(other.update)

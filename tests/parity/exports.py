@@ -15,10 +15,12 @@ import transformers
 from peft import LoraConfig
 from torch import Tensor
 
+from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.execute import Exported
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.merge.options import MergeOptions
-from lora_deploy.pipeline import export, merge
+from lora_deploy.pipeline import export, merge, verify
 from tests.peer.trained import MEMORY_BYTES, Trained, train
 
 TOLERANCE = 2e-5
@@ -72,6 +74,15 @@ def prepare(model: Any, targets: Sequence[str] | str, folder: Path, **config: An
         base_export=export(trained.base, output=folder / "base-onnx"),
         straight=export(adapters=trained.adapter, base=trained.base, output=folder / "straight", merge_options=options),
     )
+
+
+def merged_into_export(case: Case, out: Path) -> Path:
+    """Merge the adapter into the base's own export, and let the result be replayed."""
+    options = MergeOptions(dtype="base", n_workers=1, memory_bytes=MEMORY_BYTES)
+    done = merge(case.trained.adapter, base=case.base_export.root, output=out, merge_options=options)
+    found = verify(out, options=VerifyOptions(only=(Check.REPLAY,)), merge_options=options)
+    assert found.verdict is Verdict.PASS, found.replay
+    return done.root
 
 
 def export_with(folder: Path, **options: Any) -> Exported:

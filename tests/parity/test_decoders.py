@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -16,9 +17,11 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.exporters import ExportedModel
 
+from lora_deploy.artifact import sha256_of
 from lora_deploy.export.canonical import canonical_digest
 from lora_deploy.export.generate import Decoder
-from tests.parity.exports import Case, assert_close, contents, prepare, run, tokens
+from lora_deploy.export.record import read_record
+from tests.parity.exports import Case, assert_close, contents, merged_into_export, prepare, run, tokens
 from tests.peer.models import VOCABULARY, gpt2, llama
 from tests.peer.trained import randomize
 
@@ -120,6 +123,17 @@ def test_base_and_adapter_give_the_same_files_without_a_merged_checkpoint(case: 
     assert {name: content for name, content in found.items() if name not in others} == {
         name: content for name, content in expected.items() if name not in others
     }
+
+
+def test_an_adapter_merged_into_the_bases_export_gives_the_merged_models_export(case: Case, tmp_path: Path) -> None:
+    folder = merged_into_export(case, tmp_path / "grafted")
+    patterns = ("*.onnx", "*.data", "binding_table.json")
+    assert contents(folder, *patterns) == contents(case.exported.root, *patterns)
+    record = read_record(folder)
+    assert {file.path for file in record.artifacts} == {file.path for file in case.base_export.record.artifacts}
+    assert all(sha256_of(folder / file.path) == file.sha256 for file in record.artifacts)
+    assert record.digest != case.base_export.record.digest
+    assert ExportedModel.from_pretrained(folder) is not None
 
 
 def test_try_hears_the_tokens_that_the_merged_model_generates(case: Case) -> None:

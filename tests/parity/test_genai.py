@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,23 @@ def test_onnxruntime_genai_generates_what_a_quantised_graph_says(quantised: Expo
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), **cache}
         logits = run(quantised.graphs["model"], inputs)["logits"][0, -1]
         assert float(logits.max() - logits[found[length - len(prompt)]]) < 0.05 * float(logits.max() - logits.min())
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_adapter_merged_into_the_bases_export_gives_the_merged_models_export(
+    trained: Trained, exported: Exported, base: Exported, tmp_path: Path, is_ours: bool
+) -> None:
+    """With our table, and without: then the builder's own names and the heads of its attention tell."""
+    folder = tmp_path / "base"
+    shutil.copytree(base.root, folder)
+    if not is_ours:
+        for name in ("binding_table.json", "export.json", "config.json"):
+            (folder / name).unlink()
+    options = MergeOptions(dtype="base", n_workers=1, memory_bytes=MEMORY_BYTES)
+    done = merge(trained.adapter, base=folder, output=tmp_path / "out", merge_options=options)
+    assert contents(done.root, "*.onnx", "*.data") == contents(exported.root, "*.onnx", "*.data")
+    assert (done.root / "genai_config.json").read_bytes() == (base.root / "genai_config.json").read_bytes()
+    assert og.Model(str(done.root)) is not None
 
 
 def test_float16_on_the_cpu_is_refused(trained: Trained, tmp_path: Path) -> None:

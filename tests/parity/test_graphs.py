@@ -9,10 +9,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from onnx import TensorProto, helper, save
+from onnx import TensorProto, helper, numpy_helper, save
 
 from lora_deploy.cli import main
 from lora_deploy.errors import EvidenceError, InconclusiveError, InputError, RecipeError
@@ -24,8 +25,11 @@ from lora_deploy.evidence.load_cost import load_cost
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.session import open_session
 from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.merge.options import MergeOptions
+from lora_deploy.pipeline import merge
 from tests.parity.conftest import Exported, folder_of
 from tests.parity.exported import with_swapped_outputs
+from tests.peer.trained import MEMORY_BYTES
 
 pytestmark = pytest.mark.usefixtures("in_one_process")
 PREFILL, ONE, FOUR, GREEDY = (
@@ -219,3 +223,20 @@ def test_the_command_prints_times_or_one_document(exported: Exported) -> None:
 def test_a_folder_without_graphs_is_refused(exported: Exported) -> None:
     with pytest.raises(InputError, match="holds no exported graphs"):
         bench(exported.case.merged.root)
+
+
+def test_an_adapter_merged_into_transformers_export_gives_it_the_merged_weights(
+    exported: Exported, tmp_path: Path
+) -> None:
+    """The other side was made by content: every initializer that holds a base weight, replaced by the merged one."""
+    adapter, base = exported.case.trained.adapter, exported.base.root
+    options = MergeOptions(dtype="base", n_workers=1, memory_bytes=MEMORY_BYTES)
+    done = merge(adapter, base=base / "model.onnx", output=tmp_path / "out", merge_options=options)
+    assert _weights(done.root) == _weights(exported.merged.root) != _weights(base)
+    for name in ("model.onnx", "export.json"):
+        assert (done.root / name).read_bytes() == (base / name).read_bytes()
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    tensors = onnx.load(folder / "model.onnx").graph.initializer
+    return {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in tensors}

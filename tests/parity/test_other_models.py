@@ -24,7 +24,16 @@ from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.stages import stages_of, varying
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import export
-from tests.parity.exports import Case, assert_close, contents, export_with, prepare, run, tokens
+from tests.parity.exports import (
+    Case,
+    assert_close,
+    contents,
+    export_with,
+    merged_into_export,
+    prepare,
+    run,
+    tokens,
+)
 from tests.peer.models import bert
 from tests.peer.trained import MEMORY_BYTES
 
@@ -167,3 +176,12 @@ def test_an_encoder_decoder_answers_prompts_as_the_merged_model_does(translator:
         assert found[: len(expected)] == expected, "up to the end's mark, where transformers stops"
         said |= set(found)
     assert len(said) > 2
+
+
+@pytest.mark.parametrize("name", ["classifier", "translator"])
+def test_an_adapter_merged_into_the_bases_export_gives_the_merged_models_export(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    case = request.getfixturevalue(name)
+    folder = merged_into_export(case, tmp_path / "grafted")
+    assert contents(folder, "*.onnx", "*.data") == contents(case.exported.root, "*.onnx", "*.data")
