@@ -56,6 +56,7 @@ from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RECORD_NAME, MergeRecord, RecordedBase, read_record
+from lora_deploy.pipeline_layout import SEPARATOR
 from lora_deploy.references import Reference, References, named_base, read_named, several
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
@@ -109,8 +110,9 @@ def validate(
         RecipeError: No base is named, or the options contradict each other.
     """
     read = [read_named(adapter, read_options) for adapter in several(adapters)]
-    checkpoint = open_base(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
-    return bind(read, checkpoint, bind_options)
+    variant = bind_options.variant if bind_options is not None else None
+    named = fspath(base) if base is not None else named_base(read)
+    return bind(read, open_base(named, dequantize=dequantize, variant=variant), bind_options)
 
 
 def plan(
@@ -397,7 +399,8 @@ def _recorded_plan(
         {str(adapter.path): adapter.sha256 for adapter in read},
         [entry.sha256 for entry in record.adapters],
     )
-    checkpoint = _recorded_base(record.base) if base is None else open_base(fspath(base))
+    variant = bind_options.variant
+    checkpoint = _recorded_base(record.base, variant) if base is None else open_base(fspath(base), variant=variant)
     files = base_artifacts(checkpoint, progress)
     _check_digests(
         "base",
@@ -416,12 +419,16 @@ def _promises_bytes(record: MergeRecord, planned: MergePlan) -> bool:
     return is_exact or all(record.versions.get(name) == here[name] for name in ("torch", "instruction_set"))
 
 
-def _recorded_base(recorded: RecordedBase) -> Checkpoint:
+def _recorded_base(recorded: RecordedBase, variant: str | None) -> Checkpoint:
     root = Path(recorded.root)
     if not root.is_dir():
-        return open_base(f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name)
+        name = f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name
+        return open_base(name, variant=variant)
     lone = tuple(file.path for file in recorded.files) if len(recorded.files) == 1 else None
-    return open_checkpoint(root, ref=CheckpointRef(name=recorded.name, revision=recorded.revision), files=lone)
+    if lone is not None and SEPARATOR in lone[0]:  # a pipeline of one model
+        lone = None
+    ref = CheckpointRef(name=recorded.name, revision=recorded.revision)
+    return open_checkpoint(root, ref=ref, files=lone, variant=variant)
 
 
 def _check_digests(what: str, found: Mapping[str, str], expected: Sequence[str]) -> None:

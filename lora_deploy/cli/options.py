@@ -125,6 +125,19 @@ bind_options = _all(
         "--exclude", multiple=True, metavar="GLOB", help="Do not change tensors whose name matches. Repeatable."
     ),
     click.option(
+        "--component",
+        "components",
+        multiple=True,
+        metavar="NAME",
+        help="Component of a diffusion pipeline that the adapters change, such as unet or text_encoder; "
+        "once, or once for each adapter. Default: the only one that fits.",
+    ),
+    click.option(
+        "--variant",
+        metavar="NAME",
+        help="Which weights of a diffusion pipeline are the base, such as fp16. Default: the plain ones.",
+    ),
+    click.option(
         "--dequantize",
         is_flag=True,
         help="Accept a GGUF base: unpack it, once, into the cache ($LORA_DEPLOY_CACHE or ~/.cache/lora-deploy). "

@@ -22,6 +22,7 @@ from lora_deploy.merge.compose import compose_record
 from lora_deploy.merge.exact import BlockFacts
 from lora_deploy.merge.facts import TensorFacts
 from lora_deploy.merge.identity import identify, identity_digest
+from lora_deploy.merge.layout import config_files, index_files, json_text
 from lora_deploy.merge.local import Workers, chosen_device, local_workers
 from lora_deploy.merge.output import (
     WORK_FOLDER,
@@ -186,6 +187,7 @@ def _merge_shard(
             yield view
             advance(view.nbytes)
 
+    (partial / shard.file).parent.mkdir(exist_ok=True)
     artifact = write_file(partial / shard.file, shard.header, data(), root=partial)
     if artifact.n_bytes != shard.n_bytes:
         raise MergeError(f"{shard.file}: wrote {artifact.n_bytes} bytes, planned {shard.n_bytes}")
@@ -208,7 +210,7 @@ def _planned(shard: ShardPlan, name: str) -> PlannedTensor:
 
 
 def _shard_record_path(partial: Path, shard: ShardPlan) -> Path:
-    return partial / WORK_FOLDER / f"{shard.file}.json"
+    return partial / WORK_FOLDER / f"{shard.file.replace('/', '--')}.json"
 
 
 def _finish(
@@ -216,10 +218,11 @@ def _finish(
 ) -> MergeRecord:
     """Write everything but the weights: index, configuration, travelling files, and at last the record."""
     artifacts = [result.artifact for result in results]
-    if len(plan.shards) > 1:
-        artifacts.append(_write_json(partial, "model.safetensors.index.json", _index(plan)))
-    if plan.config:
-        artifacts.append(_write_json(partial, "config.json", plan.config))
+    checkpoint = plan.binding.checkpoint
+    for name, index in index_files([tensor.spec for tensor in plan.tensors], checkpoint):
+        artifacts.append(_write_bytes(partial, name, json_text(index)))
+    for name, content in config_files(plan.config, checkpoint):
+        artifacts.append(_write_bytes(partial, name, content))
     for name, source in sorted(plan.companions.items()):
         artifacts.append(_write_bytes(partial, name, source.read_bytes()))
     facts = {name: tensor for result in results for name, tensor in result.facts.items()}
@@ -228,23 +231,9 @@ def _finish(
     return record
 
 
-def _index(plan: MergePlan) -> dict[str, Any]:
-    names = {tensor.spec.name: tensor.spec.file for tensor in plan.tensors}
-    total = sum(tensor.spec.n_bytes for tensor in plan.tensors)
-    n_elements = sum(tensor.spec.n_elements for tensor in plan.tensors)
-    return {
-        "metadata": {"total_parameters": n_elements, "total_size": total},
-        "weight_map": dict(sorted(names.items())),
-    }
-
-
 def _remember(out: Path, record: MergeRecord) -> None:
     for file in record.artifacts:
         remember_sha256(out / file.path, file.sha256)
-
-
-def _write_json(folder: Path, name: str, value: Mapping[str, Any]) -> Artifact:
-    return _write_bytes(folder, name, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def _write_bytes(folder: Path, name: str, content: bytes) -> Artifact:
