@@ -20,12 +20,13 @@ from lora_deploy.export.graphs import TABLE_NAME, GraphSet, graph_of
 from lora_deploy.export.plan import ExportPlan
 from lora_deploy.export.record import RECORD_NAME, SCHEMA, ExportRecord, compose, digest_of, read_record
 from lora_deploy.export.shared import Shared, share
-from lora_deploy.export.sources import CheckpointSource
+from lora_deploy.export.sources import CheckpointSource, components_of
 from lora_deploy.export.weights import write_weights
 from lora_deploy.merge.output import WORK_FOLDER, locked, publish, remove, tidy
 from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RecordedFile, RecordedFinding
 from lora_deploy.safetensors_file import write_file
+from lora_deploy.tensors import DType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,6 +122,8 @@ def _write(
     progress: Progress | None,
 ) -> ExportRecord:
     """Write graphs, weights, travelling files and at last the record."""
+    for graph in graphs.graphs.values():
+        (folder / graph.file).parent.mkdir(parents=True, exist_ok=True)
     shared = share(plan.source, graphs) if plan.options.storage == "shared" else Shared.nothing(graphs)
     artifacts = write_weights(plan.source, graphs, shared.table, folder, progress)
     for name, content in shared.graphs.items():
@@ -145,23 +148,34 @@ def _write(
         ),
         artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts)),
     )
-    components = dict(graphs.metadata) if plan.options.layout == "transformers" else {}
+    components = dict(graphs.metadata) if plan.settings["layout"] == "transformers" else {}
     write_file(folder / RECORD_NAME, compose(record, components).encode(), (), root=folder)
     return record
 
 
 def _travelling(plan: ExportPlan, graphs: GraphSet, folder: Path) -> list[Artifact]:
     """Configuration, tokenizer or processor, generation settings, and what belongs to the graph."""
-    config = {key: value for key, value in plan.source.config.items() if key != "torch_dtype"}
-    config["dtype"] = plan.dtype.long_name
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
+    components = components_of(plan.source)
+    whole = plan.source.config
+    config = {**whole, **{name: _settled_config(whole[name], plan.dtype) for name in components}}
+    artifacts = []
+    if not components:  # those of components lie beside their graphs
+        config = _settled_config(whole, plan.dtype)
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
     for name, path in sorted(plan.source.companions.items()):
+        (folder / name).parent.mkdir(exist_ok=True)
         artifacts.append(write_file(folder / name, path.read_bytes(), (), root=folder))
     generation = plan.source.companions.get("generation_config.json")
     own = plan.maker.settled(
         {name: (graphs.folder / name).read_bytes() for name in graphs.companions},
-        plan.source.config,
+        config,
         read_json(generation) if generation is not None else {},
     )
     return [*artifacts, *(write_file(folder / name, content, (), root=folder) for name, content in own.items())]
+
+
+def _settled_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
+    """A model's configuration with the dtype of its graph; models of diffusers have no such entry."""
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return kept if "_class_name" in config else {**kept, "dtype": dtype.long_name}

@@ -61,7 +61,7 @@ def _misplaced(folder: Path, component: BoundComponent, table: BindingTable) -> 
     for tensor in graph.initializer:
         if tensor.name in component.slots:
             slot = table.slots[component.slots[tensor.name]]
-            expected = {"location": slot.file, "offset": str(slot.offset), "length": str(slot.n_bytes)}
+            expected = {"location": slot.name, "offset": str(slot.offset), "length": str(slot.n_bytes)}
             found = {entry.key: entry.value for entry in tensor.external_data if entry.key in expected}
             if {"offset": "0", **found} != expected:
                 yield f"{component.file}: {tensor.name}: is read from {found or 'the graph'}, expected {expected}"

@@ -37,7 +37,7 @@ class TransformersMaker:
             model = load_model(task.checkpoints[0], task.dtype)
             for stage in self._stages(model):
                 with about(stage.component):
-                    yield from self._draw(task, model, stage)
+                    yield from self.draw_stage(task, model, stage)
 
     def companions(self, task: GraphTask) -> Mapping[str, bytes]:
         """Nothing but graphs."""
@@ -53,7 +53,12 @@ class TransformersMaker:
         with about(type(model).__name__):
             return list(stages_of(model))
 
-    def _draw(self, task: GraphTask, model: Any, stage: Stage) -> Iterator[Drawing]:  # noqa: ANN401
+    def draw_stage(self, task: GraphTask, model: Any, stage: Stage) -> Iterator[Drawing]:  # noqa: ANN401
+        """Draw one stage of a model twice; the model's weights are replaced by those of the task's checkpoints.
+
+        Raises:
+            ExportError: The graph is not the model.
+        """
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
         from transformers.exporters.exporter_onnx import OnnxExporter

@@ -70,6 +70,8 @@ class Chunk:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of the CPU in row-major order, little endian; not copied unless it is not contiguous."""
     flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() == 1:  # a lone element may keep the stride of what it was cut from
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
