@@ -101,8 +101,8 @@ read_options = _all(
 base_option = click.option(
     "--base",
     metavar="BASE",
-    help="The base model: a folder, a .safetensors file, a GGUF file, or a hub id owner/name[@revision] "
-    "(from the Hugging Face cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured). "
+    help="The base model: a folder (of a model or a diffusion pipeline), a .safetensors file, a GGUF file, or a hub id "
+    "owner/name[@revision] (from the Hugging Face cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured). "
     "Default: the one that the adapter names.",
 )
 

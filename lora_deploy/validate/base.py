@@ -46,7 +46,7 @@ class Base:
     def stores_in_out(self, name: str) -> bool | None:
         """Whether the tensor belongs to a layer that stores (in, out); None when no model type says."""
         if not self.model_types:
-            return None
+            return False if "_class_name" in self.config else None  # diffusers has no such layers
         return not CONV1D_TYPES.isdisjoint(self.model_types) and CONV1D_MODULES.search(name) is not None
 
     def is_shared(self, tie: Tie) -> bool:
