@@ -18,7 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_deploy.errors import MalformedCheckpointError, RecipeError, UnsafeFileError
-from lora_deploy.pipeline_layout import MODEL_INDEX, SEPARATOR, ComponentWeights, listed_components, weights_of
+from lora_deploy.pipeline_layout import (
+    MODEL_INDEX,
+    SEPARATOR,
+    ComponentWeights,
+    listed_components,
+    own_code_error,
+    weights_of,
+)
 from lora_deploy.safetensors_file import NotSafetensorsError, read_header
 from lora_deploy.tensors import TensorSpec
 
@@ -37,6 +44,8 @@ class CheckpointRef:
     """Hub id or path, as the user or a record named it."""
     revision: str | None = None
     """Commit of a hub snapshot."""
+    pipeline: str | None = None
+    """Name of the pipeline that this is a component of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -181,8 +190,10 @@ def _open_pipeline(root: Path, ref: CheckpointRef, variant: str | None) -> Check
             continue
         n_of_variant += chosen.variant == variant
         files, weight_map = _indexed(root / name, chosen)
-        inner = CheckpointRef(name=f"{ref.name}{SEPARATOR}{name}", revision=ref.revision)
+        inner = CheckpointRef(name=f"{ref.name}{SEPARATOR}{name}", revision=ref.revision, pipeline=ref.name)
         components[name] = _open_model(root / name, inner, files, weight_map)
+        if "auto_map" in components[name].config:
+            raise own_code_error(root, f"{name}/config.json has an auto_map")
     if not components:
         raise MalformedCheckpointError(f"{root}: none of the pipeline's components has weights")
     if variant is not None and not n_of_variant:

@@ -56,7 +56,7 @@ def listed_components(root: Path, model_index: Mapping[str, Any]) -> dict[str, s
         MalformedCheckpointError: An entry is no pair of library and class, or its folder is missing.
     """
     if not isinstance(model_index.get("_class_name"), str):
-        raise _own_code(root, f"_class_name is {model_index.get('_class_name')!r}")
+        raise own_code_error(root, f"_class_name is {model_index.get('_class_name')!r}")
     found: dict[str, str] = {}
     for name, entry in model_index.items():
         if name.startswith("_") or not isinstance(entry, list):
@@ -69,7 +69,7 @@ def listed_components(root: Path, model_index: Mapping[str, Any]) -> dict[str, s
             raise MalformedCheckpointError(f"{root / MODEL_INDEX}: {name}: found {entry!r}, expected [library, class]")
         library, class_name = entry
         if any((folder / f"{library}.py").exists() for folder in (root, root / name)):
-            raise _own_code(root, f"{name} is made by {library}.py")
+            raise own_code_error(root, f"{name} is made by {library}.py")
         _check_folder(root, name)
         found[name] = class_name
     return found
@@ -143,7 +143,8 @@ def _require_no_model(folder: Path, class_name: str) -> None:
         raise MalformedCheckpointError(f"{folder}: {class_name} has no safetensors weights")
 
 
-def _own_code(root: Path, found: str) -> UnsafeFileError:
+def own_code_error(root: Path, found: str) -> UnsafeFileError:
+    """Make the error that refuses a pipeline whose classes are not its libraries'."""
     return UnsafeFileError(
         f"{root / MODEL_INDEX}: {found}: the pipeline brings code of its own, which is not run",
         hint="merge its components one by one: --base PIPELINE/unet",

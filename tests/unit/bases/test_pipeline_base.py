@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lora_deploy.adapter import BaseHint
 from lora_deploy.bases import open_base
 from lora_deploy.companions import companion_files
 from lora_deploy.errors import InputError, LoraDeployError, MalformedCheckpointError, RecipeError, UnsafeFileError
 from lora_deploy.pipeline_layout import index_name, is_weight_file, plain_name
-from tests.builders import make_checkpoint
+from lora_deploy.validate import bind
+from tests.builders import linear_adapter, make_checkpoint
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -140,6 +143,21 @@ def test_a_component_made_by_code_in_the_folder_is_refused(tmp_path: Path, place
     (root / place / "my_unet.py").write_text("raise SystemExit")
     with pytest.raises(UnsafeFileError, match=r"made by my_unet\.py"):
         open_base(str(root))
+
+
+def test_a_component_that_maps_its_classes_to_code_is_refused(root: Path) -> None:
+    mapped = {"model_type": "mine", "auto_map": {"AutoModel": "mine.Model"}}
+    (root / "text_encoder" / "config.json").write_text(json.dumps(mapped))
+    with pytest.raises(UnsafeFileError, match="auto_map"):
+        open_base(str(root))
+
+
+def test_an_adapter_may_name_the_pipeline_or_the_component_as_its_base(root: Path) -> None:
+    checkpoint = open_base(str(root))
+    for name in ("elsewhere/pipeline", "elsewhere/unet", "other"):
+        adapter = replace(linear_adapter({"mid.to_q.weight": (4, 4)}), base_hint=BaseHint(name=name))
+        codes = {finding.code for finding in bind([adapter], checkpoint).findings}
+        assert codes == ({"other-base"} if name == "other" else set())
 
 
 def test_a_component_outside_the_pipeline_is_refused(root: Path, tmp_path: Path) -> None:
