@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_deploy.checkpoint import open_checkpoint
 from lora_deploy.companions import companion_files
 from lora_deploy.errors import ExportError
+from lora_deploy.export.binding_table import Layout, Taken
 from lora_deploy.export.blueprint import write_synthetic
 from lora_deploy.export.components import graphs_of, stages_of_component
 from lora_deploy.export.diffusers import DiffusersMaker
@@ -111,6 +112,16 @@ def test_a_lost_byte_of_a_components_weights_is_found(tmp_path: Path) -> None:
     path.write_bytes(content)
     (fault,) = replay_export(source_of(root), out)
     assert fault.startswith("unet/model.onnx.data")
+
+
+def test_graphs_share_a_weight_only_within_a_folder() -> None:
+    layout, origin = Layout(), Taken(tensor="vae/quant_conv.weight", shape=(2, 2))
+    places = [
+        layout.place(f"{folder}/model.onnx.data", "F32", (2, 2), 16, origin)
+        for folder in ("vae_encoder", "vae_decoder", "vae_encoder")
+    ]
+    assert places == [0, 1, 0]
+    assert [layout.slots[k].name for k in (0, 1)] == ["model.onnx.data"] * 2
 
 
 def test_the_graphs_are_of_the_models_not_of_the_scheduler(tmp_path: Path) -> None:
