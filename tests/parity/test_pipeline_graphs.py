@@ -40,9 +40,12 @@ class Case:
     name: str
     base: Path
     component: str
-    adapter: Path
     merged: Path
     exported: Exported
+    straight: Exported
+    """From base and adapter, without the merged checkpoint."""
+    other: Exported
+    """What another adapter makes of the base."""
 
     @cached_property
     def torch(self) -> Any:
@@ -75,16 +78,30 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     base = save(folder / "base")
     from diffusers import DiffusionPipeline
 
-    tiny.train(getattr(DiffusionPipeline.from_pretrained(base), component), folder / "adapter", targets)
+    for name, own, rank in (("adapter", targets, 3), ("other", targets[:2], 2)):
+        model = getattr(DiffusionPipeline.from_pretrained(base), component)
+        tiny.train(model, folder / name, own, rank=rank, seed=rank)
     chosen = BindOptions(components=(component,))
     pipeline.merge(folder / "adapter", base=base, output=folder / "merged", merge_options=KEEP, bind_options=chosen)
+    exported = pipeline.export(folder / "merged")  # here the cache is shared: the graphs are made once
+    straight, other = (
+        pipeline.export(
+            adapters=folder / name,
+            base=base,
+            output=folder / f"{name}-onnx",
+            merge_options=KEEP,
+            bind_options=chosen,
+        )
+        for name in ("adapter", "other")
+    )
     return Case(
         name=request.param,
         base=base,
         component=component,
-        adapter=folder / "adapter",
         merged=folder / "merged",
-        exported=pipeline.export(folder / "merged"),
+        exported=exported,
+        straight=straight,
+        other=other,
     )
 
 
@@ -165,35 +182,17 @@ def test_the_folder_is_what_optimums_pipelines_read(case: Case) -> None:
     assert case.exported.record.options["layout"] == "diffusers"
 
 
-def test_a_second_adapter_finds_the_graphs_in_the_cache(case: Case, tmp_path: Path) -> None:
-    from diffusers import DiffusionPipeline
-
-    model = getattr(DiffusionPipeline.from_pretrained(case.base), case.component)
-    tiny.train(model, tmp_path / "other", KINDS[case.name][2][:2], rank=2, seed=11)
-    again = pipeline.export(
-        adapters=tmp_path / "other",
-        base=case.base,
-        output=tmp_path / "onnx",
-        merge_options=KEEP,
-        bind_options=BindOptions(components=(case.component,)),
-    )
-    assert again.was_cached
-    for graph, path in again.graphs.items():
+def test_a_second_adapter_finds_the_graphs_in_the_cache(case: Case) -> None:
+    assert case.other.was_cached
+    for graph, path in case.other.graphs.items():
         assert path.read_bytes() == case.exported.graphs[graph].read_bytes()
-        weights = [root / graph / "model.onnx.data" for root in (again.root, case.exported.root)]
+        weights = [root / graph / "model.onnx.data" for root in (case.other.root, case.exported.root)]
         assert (weights[0].read_bytes() == weights[1].read_bytes()) == (graph != case.component)
 
 
-def test_straight_from_base_and_adapter_it_is_the_same_export(case: Case, tmp_path: Path) -> None:
-    straight = pipeline.export(
-        adapters=case.adapter,
-        base=case.base,
-        output=tmp_path / "onnx",
-        merge_options=KEEP,
-        bind_options=BindOptions(components=(case.component,)),
-    )
-    assert straight.was_cached
-    assert straight.record.artifacts == case.exported.record.artifacts
+def test_straight_from_base_and_adapter_it_is_the_same_export(case: Case) -> None:
+    assert case.straight.was_cached
+    assert case.straight.record.artifacts == case.exported.record.artifacts
 
 
 def test_the_graphs_weights_replay(case: Case) -> None:
