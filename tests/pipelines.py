@@ -52,7 +52,7 @@ def clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
-def vae(seed: int) -> Any:
+def vae(seed: int, **settings: Any) -> Any:
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL(
@@ -63,6 +63,7 @@ def vae(seed: int) -> Any:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        **settings,
     )
     return perturb(model, seed)
 
@@ -147,7 +148,7 @@ def flux(folder: Path, **saving: Any) -> Path:
         transformer=perturb(transformer, 1),
         text_encoder=clip_text(2),
         text_encoder_2=perturb(T5EncoderModel(text), 4),
-        vae=vae(3),
+        vae=vae(3, shift_factor=0.1),
         tokenizer=words,
         tokenizer_2=words,
         scheduler=FlowMatchEulerDiscreteScheduler(),
