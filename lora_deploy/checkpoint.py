@@ -2,6 +2,7 @@
 
 Promise: opening reads headers only; every tensor is found through the index where there is one, and the index is
 checked against the headers; no file outside the root is opened, except through the links that a hub cache itself makes.
+A diffusion pipeline is one checkpoint, made of those of its components: its tensors are ``<component>/<tensor>``.
 It does not convert: other layouts are brought here by ``bases``.
 """
 
@@ -12,11 +13,19 @@ import mmap
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_deploy.errors import Finding, MalformedCheckpointError, UnsafeFileError
+from lora_deploy.errors import Finding, MalformedCheckpointError, RecipeError, UnsafeFileError
+from lora_deploy.pipeline_layout import (
+    MODEL_INDEX,
+    SEPARATOR,
+    ComponentWeights,
+    listed_components,
+    own_code_error,
+    weights_of,
+)
 from lora_deploy.safetensors_file import NotSafetensorsError, read_header
 from lora_deploy.tensors import TensorSpec
 
@@ -35,6 +44,8 @@ class CheckpointRef:
     """Hub id or path, as the user or a record named it."""
     revision: str | None = None
     """Commit of a hub snapshot."""
+    pipeline: str | None = None
+    """Name of the pipeline that this is a component of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,7 +55,7 @@ class Checkpoint:
     root: Path
     ref: CheckpointRef
     config: Mapping[str, Any]
-    """``config.json``, empty when there is none."""
+    """``config.json``, empty when there is none; of a pipeline ``model_index.json`` with the components' own in it."""
     tensors: Mapping[str, TensorSpec]
     """By name, in the order of files and of bytes within them."""
     data_starts: Mapping[str, int]
@@ -55,6 +66,8 @@ class Checkpoint:
     """What was noticed when it was opened."""
     is_out_in: bool = False
     """Whether every matrix is known to be laid out as a linear layer's, (out, in), where no configuration says more."""
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """The models of a pipeline, each by itself and under its own names; empty for a single model."""
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
     @property
@@ -66,6 +79,12 @@ class Checkpoint:
     def n_bytes(self) -> int:
         """Size of all tensors."""
         return sum(spec.n_bytes for spec in self.tensors.values())
+
+    def owner_of(self, name: str) -> tuple[Checkpoint, str]:
+        """Give the model that a tensor of this name belongs to, and what it is called there."""
+        component, _, inner = name.partition(SEPARATOR)
+        part = self.components.get(component)
+        return (self, name) if part is None else (part, inner)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
         """Map bytes ``start:stop`` of a tensor, counted from its first byte; nothing is copied.
@@ -111,20 +130,36 @@ def _map_file(path: Path, n_bytes: int) -> mmap.mmap:
 
 
 def open_checkpoint(
-    root: Path, *, ref: CheckpointRef | None = None, files: tuple[str, ...] | None = None
+    root: Path,
+    *,
+    ref: CheckpointRef | None = None,
+    files: tuple[str, ...] | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
-    """Open a folder of safetensors files.
+    """Open a folder of safetensors files, or of a diffusion pipeline.
 
     ``files`` limits it to some weight files (a lone file beside others); by default the index decides, else the one
-    conventional file, else a complete set of numbered shards, else the only ``*.safetensors`` file.
+    conventional file, else a complete set of numbered shards, else the only ``*.safetensors`` file. ``variant`` is
+    which weights of a pipeline's components are opened where there are several, such as ``fp16``.
 
     Raises:
         MalformedCheckpointError: No weights, or index, headers and files contradict each other.
-        UnsafeFileError: A name or link leads out of the root.
+        UnsafeFileError: A name or link leads out of the root, or a pipeline brings code of its own.
+        RecipeError: A pipeline does not have the variant, or has several and none is named; or this is no pipeline.
     """
-    weight_map: dict[str, str] | None = None
-    if files is None:
-        files, weight_map = _weight_files(root)
+    ref = ref or CheckpointRef(name=str(root))
+    if files is None and (root / MODEL_INDEX).is_file():
+        return _open_pipeline(root, ref, variant)
+    if variant is not None:
+        raise RecipeError(f"{root}: --variant {variant} is for diffusion pipelines", hint="name the file instead")
+    if files is not None:
+        return _open_model(root, ref, files, None)
+    return _open_model(root, ref, *_weight_files(root))
+
+
+def _open_model(
+    root: Path, ref: CheckpointRef, files: tuple[str, ...], weight_map: dict[str, str] | None
+) -> Checkpoint:
     tensors: dict[str, TensorSpec] = {}
     data_starts: dict[str, int] = {}
     metadata: Mapping[str, str] = {}
@@ -141,12 +176,52 @@ def open_checkpoint(
         _check_index(root, weight_map, tensors)
     return Checkpoint(
         root=root,
-        ref=ref or CheckpointRef(name=str(root)),
+        ref=ref,
         config=read_json(contained_path(root, "config.json")) if (root / "config.json").exists() else {},
         tensors=tensors,
         data_starts=data_starts,
         metadata=metadata,
     )
+
+
+def _open_pipeline(root: Path, ref: CheckpointRef, variant: str | None) -> Checkpoint:
+    model_index = read_json(contained_path(root, MODEL_INDEX))
+    components: dict[str, Checkpoint] = {}
+    n_of_variant = 0
+    for name, class_name in listed_components(root, model_index).items():
+        chosen = weights_of(root / name, class_name, variant)
+        if chosen is None:
+            continue
+        n_of_variant += chosen.variant == variant
+        files, weight_map = _indexed(root / name, chosen)
+        inner = CheckpointRef(name=f"{ref.name}{SEPARATOR}{name}", revision=ref.revision, pipeline=ref.name)
+        components[name] = _open_model(root / name, inner, files, weight_map)
+        if "auto_map" in components[name].config:
+            raise own_code_error(root, f"{name}/config.json has an auto_map")
+    if not components:
+        raise MalformedCheckpointError(f"{root}: none of the pipeline's components has weights")
+    if variant is not None and not n_of_variant:
+        raise RecipeError(f"{root}: no component has the variant {variant!r}", hint="leave --variant out")
+    return Checkpoint(
+        root=root,
+        ref=ref,
+        config={**model_index, **{name: part.config for name, part in components.items()}},
+        tensors={
+            spec.name: spec
+            for name, part in components.items()
+            for spec in (_inside(name, inner) for inner in part.tensors.values())
+        },
+        data_starts={
+            f"{name}{SEPARATOR}{file}": start
+            for name, part in components.items()
+            for file, start in part.data_starts.items()
+        },
+        components=components,
+    )
+
+
+def _inside(component: str, spec: TensorSpec) -> TensorSpec:
+    return replace(spec, name=f"{component}{SEPARATOR}{spec.name}", file=f"{component}{SEPARATOR}{spec.file}")
 
 
 def contained_path(root: Path, name: str) -> Path:
@@ -196,8 +271,8 @@ def _allowed_roots(root: Path) -> tuple[Path, ...]:
 
 
 def has_weights(root: Path) -> bool:
-    """Whether a folder holds safetensors weights or an index of them."""
-    return any(root.glob("*.safetensors")) or any(root.glob(f"*{_INDEX_SUFFIX}"))
+    """Whether a folder holds safetensors weights, an index of them, or a pipeline."""
+    return any(root.glob("*.safetensors")) or any(root.glob(f"*{_INDEX_SUFFIX}")) or (root / MODEL_INDEX).is_file()
 
 
 def _weight_files(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -206,14 +281,29 @@ def _weight_files(root: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
     indices = sorted(path.name for path in root.glob(f"*{_INDEX_SUFFIX}"))
     index = _INDEX_NAME if _INDEX_NAME in indices else indices[0] if len(indices) == 1 else None
     if index is not None:
-        weight_map = read_json(contained_path(root, index)).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise MalformedCheckpointError(f"{root / index}: weight_map is not a map from tensor names to file names")
-        return tuple(sorted(set(weight_map.values()))), weight_map
+        return _by_index(root, index)
     for name in _SINGLE_NAMES:
         if (root / name).is_file():
             return (name,), None
     return _without_index(root), None
+
+
+def _by_index(root: Path, index: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    weight_map = read_json(contained_path(root, index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise MalformedCheckpointError(f"{root / index}: weight_map is not a map from tensor names to file names")
+    return tuple(sorted(set(weight_map.values()))), weight_map
+
+
+def _indexed(folder: Path, weights: ComponentWeights) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """Give a component's files as its index names them."""
+    if weights.index is None:
+        return weights.files, None
+    files, weight_map = _by_index(folder, weights.index)
+    other = sorted(set(files) - set(weights.files))
+    if other:
+        raise MalformedCheckpointError(f"{folder}: {weights.index} names {other[0]}, which is not there")
+    return files, weight_map
 
 
 def _without_index(root: Path) -> tuple[str, ...]:

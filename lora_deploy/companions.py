@@ -5,7 +5,7 @@ brings a vocabulary brings all tokenizer files.
 
 Promise: only files that lie in the folder itself are named (or in the cache behind a hub snapshot); ``.py`` files come
 from the base only, because its configuration names them, and are copied, never run. ``config.json`` is not among them:
-the merge writes it.
+the merge writes it. A diffusion pipeline's files all travel: its index, schedulers, tokenizers and processors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_deploy.checkpoint import Checkpoint, contained_path, read_json
 from lora_deploy.errors import Finding, MalformedCheckpointError, RecipeError, Severity
+from lora_deploy.pipeline_layout import CONFIG_NAME, MODEL_INDEX, is_weight_file, listed_components
 
 if TYPE_CHECKING:
     from lora_deploy.adapter import Adapter
@@ -28,6 +29,7 @@ _TOKENIZER = (
 )
 _TEMPLATE = ("chat_template.*",)
 _OTHERS = ("*preprocessor_config.json", "processor_config.json", "generation_config.json", "feature_extractor*.json")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -42,6 +44,8 @@ def companion_files(adapters: Sequence[Adapter], checkpoint: Checkpoint, choice:
         UnsafeFileError: A file is a link out of its folder.
     """
     root = checkpoint.root
+    if checkpoint.components:
+        return _pipeline_files(checkpoint)
     files = {name: contained_path(root, name) for name in _names(root, (*_TOKENIZER, *_TEMPLATE, *_OTHERS))}
     if choice != "base":
         folders = adapter_folders(adapters, checkpoint)
@@ -57,6 +61,18 @@ def companion_files(adapters: Sequence[Adapter], checkpoint: Checkpoint, choice:
     if "auto_map" in checkpoint.config:
         files |= {name: contained_path(root, name) for name in _names(root, ("*.py",))}
     return dict(sorted(files.items()))
+
+
+def _pipeline_files(pipeline: Checkpoint) -> dict[str, Path]:
+    """Name everything of a pipeline but weights and what the merge writes itself, the components' configurations."""
+    root = pipeline.root
+    names = _names(root, (MODEL_INDEX, *_LICENCES))
+    for component in listed_components(root, read_json(contained_path(root, MODEL_INDEX))):
+        for name in _names(root / component, ("*",)):
+            is_written = component in pipeline.components and name == CONFIG_NAME
+            if not (is_written or is_weight_file(name) or name.startswith(".") or name.endswith(".py")):
+                names.append(f"{component}/{name}")
+    return {name: contained_path(root, name) for name in sorted(names)}
 
 
 def adapter_folders(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> list[Path]:

@@ -74,6 +74,7 @@ from lora_deploy.merge.record import (
     merged_folder,
     read_record,
 )
+from lora_deploy.pipeline_layout import SEPARATOR
 from lora_deploy.references import Reference, References, named_base, named_reference, read_named, several
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
@@ -132,8 +133,9 @@ def validate(
         RecipeError: No base is named, or the options contradict each other.
     """
     read = [read_named(adapter, read_options) for adapter in several(adapters)]
-    checkpoint = _open(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
-    return bind(read, checkpoint, bind_options)
+    variant = bind_options.variant if bind_options is not None else None
+    named = fspath(base) if base is not None else named_base(read)
+    return bind(read, _open(named, dequantize=dequantize, variant=variant), bind_options)
 
 
 def is_onnx(base: Reference | None) -> bool:
@@ -141,9 +143,9 @@ def is_onnx(base: Reference | None) -> bool:
     return base is not None and is_onnx_base(base)
 
 
-def _open(base: str, *, dequantize: bool = False) -> Checkpoint:
+def _open(base: str, *, dequantize: bool = False, variant: str | None = None) -> Checkpoint:
     """Open a base by what the user typed, an existing export among the rest."""
-    return open_onnx_base(base) if is_onnx_base(base) else open_base(base, dequantize=dequantize)
+    return open_onnx_base(base) if is_onnx_base(base) else open_base(base, dequantize=dequantize, variant=variant)
 
 
 def plan(
@@ -543,7 +545,8 @@ def _recorded_plan(
         {str(adapter.path): adapter.sha256 for adapter in read},
         [entry.sha256 for entry in record.adapters],
     )
-    checkpoint = _recorded_base(record.base) if base is None else _open(fspath(base))
+    variant = bind_options.variant
+    checkpoint = _recorded_base(record.base, variant) if base is None else _open(fspath(base), variant=variant)
     files = base_artifacts(checkpoint, progress)
     _check_digests(
         "base",
@@ -562,15 +565,19 @@ def _promises_bytes(record: MergeRecord | RecordedOrigin, planned: MergePlan) ->
     return is_exact or all(record.versions.get(name) == here[name] for name in ("torch", "instruction_set"))
 
 
-def _recorded_base(recorded: RecordedBase) -> Checkpoint:
+def _recorded_base(recorded: RecordedBase, variant: str | None) -> Checkpoint:
     root = Path(recorded.root)
     if not root.is_dir():
-        return open_base(f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name)
+        name = f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name
+        return open_base(name, variant=variant)
     graphs = [file.path for file in recorded.files if file.path.endswith(".onnx")]
     if graphs:
         return open_onnx_base(root, graphs)
     lone = tuple(file.path for file in recorded.files) if len(recorded.files) == 1 else None
-    return open_checkpoint(root, ref=CheckpointRef(name=recorded.name, revision=recorded.revision), files=lone)
+    if lone is not None and SEPARATOR in lone[0]:  # a pipeline of one model
+        lone = None
+    ref = CheckpointRef(name=recorded.name, revision=recorded.revision)
+    return open_checkpoint(root, ref=ref, files=lone, variant=variant)
 
 
 def _check_digests(what: str, found: Mapping[str, str], expected: Sequence[str]) -> None:

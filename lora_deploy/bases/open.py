@@ -1,4 +1,4 @@
-"""Open a base by what the user typed: a folder, a weights file, a GGUF file or a hub id."""
+"""Open a base by what the user typed: a folder (of a model or a pipeline), a weights file, a GGUF file or a hub id."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from lora_deploy.bases.hub import is_hub_id, local_folder
 from lora_deploy.bases.quantised import refuse_quantised
-from lora_deploy.checkpoint import Checkpoint, CheckpointRef, has_weights, open_checkpoint
+from lora_deploy.checkpoint import Checkpoint, CheckpointRef, has_weights, open_checkpoint, read_json
 from lora_deploy.errors import InputError, MalformedCheckpointError
+from lora_deploy.pipeline_layout import MODEL_INDEX, PLAIN_WEIGHTS
 
 _COMPANIONS = ("*.json", "*.txt", "*.jinja", "*.model", "tokenizer*", "*.tiktoken")
 _SAFETENSORS = ("*.safetensors", *_COMPANIONS)
@@ -15,40 +16,57 @@ _PICKLED = ("pytorch_model*.bin", *_COMPANIONS)
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})  # as torch_file's, which imports torch
 
 
-def open_base(reference: str, *, dequantize: bool = False) -> Checkpoint:
+def open_base(reference: str, *, dequantize: bool = False, variant: str | None = None) -> Checkpoint:
     """Open a base as a folder of safetensors files; a local path wins over a hub id of the same name.
 
-    GGUF files (with ``dequantize``) and pickled weights are converted once, below the cache folder.
+    GGUF files (with ``dequantize``) and pickled weights are converted once, below the cache folder. ``variant`` is
+    which weights of a diffusion pipeline are meant where it has several, such as ``fp16``.
 
     Raises:
         InputError: No such base, or it is not what it claims to be, or its weights are quantised.
         HubUnavailableError: A hub id that is not in the cache while the hub cannot be asked.
-        RecipeError: A GGUF file without ``dequantize``.
+        RecipeError: A GGUF file without ``dequantize``; a variant that the base does not have.
     """
     path = Path(reference).expanduser()
     revision = None
     if not path.exists():
-        path, revision = _from_hub(reference)
+        path, revision = _from_hub(reference, variant)
     name = reference if revision is None else reference.partition("@")[0]
-    checkpoint = _open_path(path, CheckpointRef(name=name, revision=revision), dequantize=dequantize)
-    refuse_quantised(checkpoint)
+    checkpoint = _open_path(path, CheckpointRef(name=name, revision=revision), dequantize=dequantize, variant=variant)
+    for part in (checkpoint, *checkpoint.components.values()):
+        refuse_quantised(part)
     return checkpoint
 
 
-def _from_hub(reference: str) -> tuple[Path, str]:
+def _from_hub(reference: str, variant: str | None) -> tuple[Path, str]:
     if not is_hub_id(reference):
         raise InputError(
             f"base {reference}: no such file or folder", hint="pass a folder, a weights file, or a hub id owner/name"
         )
+    folder, revision = local_folder(reference, _COMPANIONS)
+    if (folder / MODEL_INDEX).is_file():
+        _fetch_components(folder, f"{reference.partition('@')[0]}@{revision}", variant)
+        return folder, revision
     folder, revision = local_folder(reference, _SAFETENSORS)
     if not has_weights(folder):
         folder, revision = local_folder(reference, _PICKLED)
     return folder, revision
 
 
-def _open_path(path: Path, ref: CheckpointRef, *, dequantize: bool) -> Checkpoint:
+def _fetch_components(folder: Path, reference: str, variant: str | None) -> None:
+    """Fetch a pipeline's components: their plain weights and the variant's; any, where there are no plain ones."""
+    wanted = (*PLAIN_WEIGHTS, *_COMPANIONS, *((f"*.{variant}*safetensors",) if variant else ()))
+    for name, entry in read_json(folder / MODEL_INDEX).items():
+        if name.startswith("_") or not isinstance(entry, list) or not any(entry):
+            continue
+        local_folder(reference, wanted, within=name)
+        if not has_weights(folder / name):
+            local_folder(reference, _SAFETENSORS, within=name)
+
+
+def _open_path(path: Path, ref: CheckpointRef, *, dequantize: bool, variant: str | None = None) -> Checkpoint:
     if path.is_dir():
-        return _open_folder(path, ref, dequantize=dequantize)
+        return _open_folder(path, ref, dequantize=dequantize, variant=variant)
     suffix = path.suffix.casefold()
     if suffix == ".safetensors":
         return open_checkpoint(path.parent, ref=ref, files=(path.name,))
@@ -67,9 +85,9 @@ def _open_path(path: Path, ref: CheckpointRef, *, dequantize: bool) -> Checkpoin
     )
 
 
-def _open_folder(folder: Path, ref: CheckpointRef, *, dequantize: bool) -> Checkpoint:
-    if has_weights(folder):
-        return open_checkpoint(folder, ref=ref)
+def _open_folder(folder: Path, ref: CheckpointRef, *, dequantize: bool, variant: str | None) -> Checkpoint:
+    if has_weights(folder) or variant is not None:
+        return open_checkpoint(folder, ref=ref, variant=variant)
     from lora_deploy.bases.torch_base import converted, torch_files_of
 
     if files := torch_files_of(folder):

@@ -89,7 +89,8 @@ def _check_format(_: click.Context, __: click.Parameter, value: bool) -> None:
     type=click.Choice(LAYOUT_CHOICES),
     default="transformers",
     show_default=True,
-    help="Who is to load it: transformers' ExportedModel, or onnxruntime-genai.",
+    help="Who is to load it: transformers' ExportedModel, or onnxruntime-genai. Diffusion pipelines always get "
+    "diffusers: the folders that optimum's pipelines read.",
 )
 @click.option(
     "--quantize",

@@ -101,8 +101,9 @@ read_options = _all(
 base_option = click.option(
     "--base",
     metavar="BASE",
-    help="The base model: a folder, a .safetensors file, a GGUF file, an ONNX export (a graph or its folder), or a "
-    "hub id owner/name[@revision] (from the Hugging Face cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured). "
+    help="The base model: a folder (of a model or a diffusion pipeline), a .safetensors file, a GGUF file, an ONNX "
+    "export (a graph or its folder), or a hub id owner/name[@revision] (from the Hugging Face cache; HF_HOME, HF_TOKEN "
+    "and HF_HUB_OFFLINE are honoured). "
     "Default: the one that the adapter names.",
 )
 
@@ -123,6 +124,19 @@ bind_options = _all(
     ),
     click.option(
         "--exclude", multiple=True, metavar="GLOB", help="Do not change tensors whose name matches. Repeatable."
+    ),
+    click.option(
+        "--component",
+        "components",
+        multiple=True,
+        metavar="NAME",
+        help="Component of a diffusion pipeline that the adapters change, such as unet or text_encoder; "
+        "once, or once for each adapter. Default: the only one that fits.",
+    ),
+    click.option(
+        "--variant",
+        metavar="NAME",
+        help="Which weights of a diffusion pipeline are the base, such as fp16. Default: the plain ones.",
     ),
     click.option(
         "--dequantize",

@@ -15,6 +15,7 @@ from lora_deploy.evidence.outcome import Outcome, TensorOutcome
 from lora_deploy.evidence.replay import ReplayReport
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.export.binding_table import BindingTable, taken_tensors
+from lora_deploy.export.components import graphs_of
 from lora_deploy.export.execute import exported_config
 from lora_deploy.export.graphs import TABLE_NAME
 from lora_deploy.export.record import RECORD_NAME, ExportRecord
@@ -22,6 +23,7 @@ from lora_deploy.export.replay import replay_export
 from lora_deploy.export.sources import PlanSource
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.merge.progress import Progress
+from lora_deploy.pipeline_layout import CONFIG_NAME
 
 _TOLERANCE = "none: every byte that the graphs read is the planned one"
 
@@ -66,12 +68,17 @@ def _faults(plan: MergePlan, folder: Path, progress: Progress | None) -> Iterato
 
 
 def _wrong_config(plan: MergePlan, folder: Path, record: ExportRecord) -> Iterator[TensorOutcome]:
-    expected = exported_config(plan.config, str(record.options["dtype"]))
-    found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    for key in sorted({*expected, *found}):
-        if found.get(key) != expected.get(key):
-            message = f"found {found.get(key)!r}, expected {expected.get(key)!r}"
-            yield TensorOutcome(name=f"config.json:{key}", outcome=Outcome.WRONG_CONFIG, message=message)
+    components = plan.binding.checkpoint.components
+    configs = {CONFIG_NAME: plan.config}
+    if components:
+        configs = {f"{graph}/{CONFIG_NAME}": plan.config[name] for name in components for graph in graphs_of(name)}
+    for name, config in configs.items():
+        expected = exported_config(config, str(record.options["dtype"]))
+        found = read_json(folder / name) if (folder / name).is_file() else {}
+        for key in sorted({*expected, *found}):
+            if found.get(key) != expected.get(key):
+                message = f"found {found.get(key)!r}, expected {expected.get(key)!r}"
+                yield TensorOutcome(name=f"{name}:{key}", outcome=Outcome.WRONG_CONFIG, message=message)
 
 
 def _table(folder: Path) -> BindingTable | None:

@@ -18,6 +18,11 @@ GRAPH_MAKERS: tuple[Entry, ...] = (
         path="lora_deploy.export.transformers:MAKER",
     ),
     Entry(
+        name="diffusers",
+        summary="diffusion pipelines, component by component, in the folders that optimum's pipelines read",
+        path="lora_deploy.export.diffusers:MAKER",
+    ),
+    Entry(
         name="genai",
         summary="onnxruntime-genai's builder: fewer nodes, for the decoders that it knows",
         path="lora_deploy.export.genai:MAKER",

@@ -97,7 +97,7 @@ class Binder:
         return _First(_structure(drawing.model), found)
 
     def _confirm(self, drawing: Drawing, first: _First) -> None:
-        component, file = drawing.component, f"{drawing.component}.onnx"
+        component, file = drawing.component, drawing.file
         contents = {name: values_of(value) for name, value in initializers(drawing.model).items()}
         digests = {name: _sha256(values) for name, values in contents.items()}
         weights = {name: values for name, values in contents.items() if digests[name] != first.found[name].sha256}
@@ -108,7 +108,7 @@ class Binder:
             if origin is None or not self._reproduces(origin, values):
                 unexplained.append(f"{name} {dtype_of(values).long_name}{list(values.shape)}")
             else:
-                slots[name] = self._place(component, values, origin)
+                slots[name] = self._place(file, values, origin)
         if unexplained:
             raise _refusal(component, unexplained)
         constants = {name: digests[name] for name in contents if name not in weights}
@@ -116,7 +116,7 @@ class Binder:
             if contents[name].nbytes > MAX_INLINE_BYTES:
                 kept = Kept(start=len(self._constants), sha256=sha256)
                 self._constants += bytes_of(contents[name])
-                slots[name] = self._place(component, contents[name], kept)
+                slots[name] = self._place(file, contents[name], kept)
         if _structure(drawing.model) != first.structure:
             raise ExportError(f"{component}: its graph depends on the weights' values, so it belongs to no base")
         inline = {name: sha256 for name, sha256 in constants.items() if name not in slots}
@@ -128,17 +128,18 @@ class Binder:
         made = materialise(origin, values.dtype, tensors)
         return made.shape == values.shape and _sha256(made) == _sha256(values)
 
-    def _place(self, component: str, values: Tensor, origin: Origin) -> int:
+    def _place(self, file: str, values: Tensor, origin: Origin) -> int:
         dtype = dtype_of(values).value
-        return self._layout.place(f"{component}.onnx.data", dtype, tuple(values.shape), values.nbytes, origin)
+        return self._layout.place(f"{file}.data", dtype, tuple(values.shape), values.nbytes, origin)
 
     def _write(self, drawing: Drawing, slots: Mapping[str, int], path: Path) -> None:
         for name, value in initializers(drawing.model).items():
             if name in slots:
                 slot = self._layout.slots[slots[name]]
-                value.const_value = external(value, slot.file, slot.offset, slot.n_bytes)
+                value.const_value = external(value, slot.name, slot.offset, slot.n_bytes)
             else:
                 value.const_value = inline(value)  # a maker's own file of weights is not there any more
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(without_metadata(drawing.model))
 
 

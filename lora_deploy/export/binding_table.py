@@ -92,6 +92,11 @@ class Slot(_Frozen):
     shape: tuple[int, ...]
     origin: Origin
 
+    @property
+    def name(self) -> str:
+        """The file's name for graphs, all of which lie in its own folder."""
+        return self.file.rpartition("/")[2]
+
 
 class BoundComponent(_Frozen):
     """One graph and its initializers."""
@@ -133,17 +138,18 @@ class Layout:
         """Begin with no slot."""
         self.slots: list[Slot] = []
         self._ends: dict[str, int] = {}
-        self._known: dict[tuple[str, tuple[int, ...], Origin], int] = {}
+        self._known: dict[tuple[str, str, tuple[int, ...], Origin], int] = {}
 
     def place(self, file: str, dtype: str, shape: tuple[int, ...], n_bytes: int, origin: Origin) -> int:
-        """Give the position of a slot: a known one where the same is already in some file, else a new one."""
-        known = self._known.get((dtype, shape, origin))
+        """Give the position of a slot: a known one where its folder holds the same already, else a new one."""
+        key = (file.rpartition("/")[0], dtype, shape, origin)
+        known = self._known.get(key)
         if known is not None:
             return known
         unit = PAGE_BYTES if n_bytes >= PAGE_BYTES else _LINE_BYTES
         offset = -(-self._ends.get(file, 0) // unit) * unit
         self._ends[file] = offset + n_bytes
-        self._known[dtype, shape, origin] = len(self.slots)
+        self._known[key] = len(self.slots)
         self.slots.append(Slot(file=file, offset=offset, n_bytes=n_bytes, dtype=dtype, shape=shape, origin=origin))
         return len(self.slots) - 1
 

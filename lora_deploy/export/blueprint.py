@@ -8,17 +8,19 @@ what they decide.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_deploy.errors import ExportError
 from lora_deploy.export.extras import installed_version
-from lora_deploy.export.sources import WeightSource, equal_groups
+from lora_deploy.export.sources import WeightSource, components_of, equal_groups
+from lora_deploy.pipeline_layout import MODEL_INDEX, SEPARATOR
 from lora_deploy.safetensors_file import format_header, write_file
 from lora_deploy.tensors import DType, TensorSpec
 
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 """Counted up when the same blueprint would give another graph or table."""
-_NOT_OF_THE_GRAPH = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"})
+_NOT_OF_THE_GRAPH = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "_diffusers_version"}
+)
 _VECTOR_SPREAD = 0.25
 _MAX_DRAWS = 64
 
@@ -41,6 +45,8 @@ class Blueprint:
     """Names and shapes, with the dtypes that the weights have on their way into the graph."""
     equal: tuple[tuple[str, ...], ...]
     """Names that are one matrix."""
+    components: tuple[str, ...] = ()
+    """Of a pipeline; the configurations are in ``config`` under their names."""
     integers: Mapping[str, bytes]
     """Contents of the tensors that are not floating."""
     dtype: DType
@@ -83,11 +89,13 @@ def blueprint_of(
         raise ExportError(
             f"{source.name}: has no config.json, which says what model its weights are of", code="no-config"
         )
-    if "quantization_config" in source.config:
+    components = components_of(source)
+    if any("quantization_config" in config for config in (source.config, *(source.config[c] for c in components))):
         raise ExportError(f"{source.name}: config.json says that it is quantised; graphs are made of plain weights")
     names = [name for name, spec in source.specs.items() if not spec.dtype.is_floating]
     return Blueprint(
-        config=_graph_config(source.config, dtype),
+        config=_whole_config(source.config, components, dtype),
+        components=components,
         specs={name: _on_the_way(spec, dtype) for name, spec in source.specs.items()},
         equal=tuple(equal_groups(source)),
         integers=_contents_of(source, names),
@@ -112,6 +120,17 @@ def _graph_config(config: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
     return {**{key: _plain(value) for key, value in kept.items()}, "dtype": dtype.long_name}
 
 
+def _whole_config(config: Mapping[str, Any], components: Sequence[str], dtype: DType) -> dict[str, Any]:
+    """The model's; or the pipeline's class and its models', as schedulers and tokenizers decide no graph."""
+    if not components:
+        return _graph_config(config, dtype)
+    models = {name: _graph_config(config[name], dtype) for name in sorted(components)}
+    for model in models.values():
+        if "_class_name" in model:
+            del model["dtype"]  # no entry of diffusers' own
+    return {"_class_name": config.get("_class_name"), **models}
+
+
 def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items() if key not in _NOT_OF_THE_GRAPH}
@@ -132,18 +151,45 @@ def write_synthetic(blueprint: Blueprint, folder: Path, seed: int) -> None:
     variances want; matrices around 0.
     """
     folder.mkdir(parents=True)
-    config = dict(blueprint.config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    specs, start = [], 0
-    for spec in blueprint.specs.values():
+    specs = sorted(blueprint.specs.values(), key=lambda spec: _order(blueprint, spec))
+    contents = _contents(blueprint, specs, seed)
+    if not blueprint.components:
+        _write_model(folder, blueprint.config, specs, contents)
+        return
+    index: dict[str, Any] = {"_class_name": blueprint.config["_class_name"]}
+    for component in blueprint.components:
+        prefix, config = component + SEPARATOR, blueprint.config[component]
+        own = [replace(spec, name=spec.name.removeprefix(prefix)) for spec in specs if spec.name.startswith(prefix)]
+        (folder / component).mkdir()
+        _write_model(folder / component, config, own, itertools.islice(contents, len(own)))
+        is_diffusers = "_class_name" in config
+        name = config["_class_name"] if is_diffusers else (config.get("architectures") or ["unknown"])[0]
+        index[component] = ["diffusers" if is_diffusers else "transformers", name]
+    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _order(blueprint: Blueprint, spec: TensorSpec) -> int:
+    """Position of the tensor's component; all are alike in a single model."""
+    component = spec.name.partition(SEPARATOR)[0]
+    return blueprint.components.index(component) if blueprint.components else 0
+
+
+def _write_model(
+    folder: Path, config: Mapping[str, Any], specs: Sequence[TensorSpec], contents: Iterator[memoryview]
+) -> None:
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
+    placed, start = [], 0
+    for spec in specs:
         stop = start + spec.n_bytes
-        specs.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape, file="", start=start, stop=stop))
+        placed.append(TensorSpec(name=spec.name, dtype=spec.dtype, shape=spec.shape, file="", start=start, stop=stop))
         start = stop
-    header = format_header(specs, {"format": "pt"})
-    write_file(folder / "model.safetensors", header, _contents(blueprint, specs, seed), root=folder)
+    header = format_header(placed, {"format": "pt"})
+    name = "diffusion_pytorch_model.safetensors" if "_class_name" in config else "model.safetensors"
+    write_file(folder / name, header, contents, root=folder)
 
 
 def _contents(blueprint: Blueprint, specs: Sequence[TensorSpec], seed: int) -> Iterator[memoryview]:
+    """Draw the tensors' values, in their order, which is that of components too."""
     from lora_deploy.merge.shard import bytes_of
 
     leader = {name: group[0] for group in blueprint.equal for name in group}

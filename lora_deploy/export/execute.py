@@ -29,7 +29,7 @@ from lora_deploy.export.record import (
     recorded_findings,
 )
 from lora_deploy.export.shared import Shared, share
-from lora_deploy.export.sources import CheckpointSource
+from lora_deploy.export.sources import CheckpointSource, components_of
 from lora_deploy.export.weights import write_weights
 from lora_deploy.merge.output import WORK_FOLDER, locked, publish, remove, tidy
 from lora_deploy.merge.progress import Progress
@@ -157,7 +157,7 @@ def _write(
         shared, quantised = quantise(graphs, plan.quantisation)
     artifacts = write_files(plan, graphs, shared, folder, progress)
     if quantised is not None:
-        graphs = replace(graphs, graphs={n: recorded_graph(folder / graph.file) for n, graph in graphs.graphs.items()})
+        graphs = replace(graphs, graphs={n: recorded_graph(folder, graph.file) for n, graph in graphs.graphs.items()})
     record = record_of(plan, graphs, digest, identity, artifacts, shared_share=shared.share, quantised=quantised)
     write_record(folder, record, plan, graphs)
     return record
@@ -167,6 +167,8 @@ def write_files(
     plan: ExportPlan, graphs: GraphSet, shared: Shared, folder: Path, progress: Progress | None
 ) -> list[Artifact]:
     """Write weights, the graphs as they are in ``shared``, the table, and what travels: all but the record."""
+    for graph in graphs.graphs.values():
+        (folder / graph.file).parent.mkdir(parents=True, exist_ok=True)
     artifacts = write_weights(plan.source, graphs, shared.table, folder, progress)
     for name, content in shared.graphs.items():
         artifacts.append(write_file(folder / name, content, (), root=folder))
@@ -207,30 +209,36 @@ def record_of(
 
 def write_record(folder: Path, record: ExportRecord, plan: ExportPlan, graphs: GraphSet) -> None:
     """Write the record, with what the layout's loader wants to know."""
-    components = dict(graphs.metadata) if plan.options.layout == "transformers" else {}
+    components = dict(graphs.metadata) if plan.settings["layout"] == "transformers" else {}
     write_file(folder / RECORD_NAME, compose(record, components).encode(), (), root=folder)
 
 
 def exported_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Give ``config.json`` of an export: the model's, with the format that the graphs compute in."""
-    return {**{key: value for key, value in config.items() if key != "torch_dtype"}, "dtype": dtype}
+    """Give ``config.json`` of an export: the model's, with the format that the graphs compute in.
+
+    Models of diffusers have no entry for that.
+    """
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    return kept if "_class_name" in config else {**kept, "dtype": dtype}
 
 
 def _travelling(plan: ExportPlan, graphs: GraphSet, folder: Path) -> list[Artifact]:
     """Configuration, tokenizer or processor, generation settings, and what belongs to the graph."""
-    text = (
-        json.dumps(
-            exported_config(plan.source.config, plan.dtype.long_name), indent=2, sort_keys=True, ensure_ascii=False
-        )
-        + "\n"
-    )
-    artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
+    components, dtype = components_of(plan.source), plan.dtype.long_name
+    whole = plan.source.config
+    config = {**whole, **{name: exported_config(whole[name], dtype) for name in components}}
+    artifacts = []
+    if not components:  # those of components lie beside their graphs
+        config = exported_config(whole, dtype)
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        artifacts = [write_file(folder / "config.json", text.encode(), (), root=folder)]
     for name, path in sorted(plan.source.companions.items()):
+        (folder / name).parent.mkdir(exist_ok=True)
         artifacts.append(write_file(folder / name, path.read_bytes(), (), root=folder))
     generation = plan.source.companions.get("generation_config.json")
     own = plan.maker.settled(
         {name: (graphs.folder / name).read_bytes() for name in graphs.companions},
-        plan.source.config,
+        config,
         read_json(generation) if generation is not None else {},
     )
     return [*artifacts, *(write_file(folder / name, content, (), root=folder) for name, content in own.items())]

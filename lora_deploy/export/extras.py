@@ -63,6 +63,15 @@ def require_genai() -> ModuleType:
     return _require("onnxruntime_genai", "genai")
 
 
+def require_diffusers() -> ModuleType:
+    """Import diffusers.
+
+    Raises:
+        ExportError: It is not installed.
+    """
+    return _require("diffusers", "diffusers")
+
+
 def require_transformers_exporters() -> ModuleType:
     """Import the exporters of transformers, with all that they need.
 

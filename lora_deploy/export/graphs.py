@@ -176,24 +176,27 @@ def _make(blueprint: Blueprint, maker: GraphMaker, work: Path, made: Path, progr
     (made / TABLE_NAME).write_text(table.text())
     about: dict[str, Any] = {
         "metadata": metadata,
-        "graphs": {name: recorded_graph(made / part.file).model_dump() for name, part in table.components.items()},
+        "graphs": {name: recorded_graph(made, part.file).model_dump() for name, part in table.components.items()},
         "opset": opset_of(made / next(iter(table.components.values())).file),
         "companions": sorted(companions),
         "versions": dict(blueprint.versions),
         "findings": [asdict(finding) for finding in findings],
     }
-    about["files"] = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
+    about["files"] = {
+        path.relative_to(made).as_posix(): sha256_of(path) for path in sorted(made.rglob("*")) if path.is_file()
+    }
     (made / _ABOUT_NAME).write_text(json.dumps(about, indent=1, sort_keys=True))
 
 
-def recorded_graph(path: Path) -> RecordedGraph:
-    """What a record says of a graph file.
+def recorded_graph(folder: Path, file: str) -> RecordedGraph:
+    """What a record says of a graph file of a folder.
 
     Raises:
         InputError: The file is no ONNX graph.
     """
+    path = folder / file
     inputs, outputs = ([RecordedPort(name=n, dtype=d, shape=s) for n, d, s in ports] for ports in ports_of(path))
-    return RecordedGraph(file=path.name, canonical=canonical_digest(path), inputs=tuple(inputs), outputs=tuple(outputs))
+    return RecordedGraph(file=file, canonical=canonical_digest(path), inputs=tuple(inputs), outputs=tuple(outputs))
 
 
 def _read(folder: Path, digest: str, *, was_cached: bool) -> GraphSet | None:

@@ -34,7 +34,7 @@ class Drawing:
     """One graph with one set of weights in it."""
 
     component: str
-    """Such as ``model``, ``prefill`` or ``decode``; its file is ``<component>.onnx``."""
+    """Such as ``model``, ``prefill`` or ``decode``; its file is ``<component>.onnx``, or ``model.onnx`` in a folder."""
     seed: int
     """Which checkpoint its weights are of: 0 or 1."""
     model: Any
@@ -42,6 +42,13 @@ class Drawing:
     metadata: Mapping[str, Any]
     """JSON that the runtime's loader wants to know about this component."""
     findings: tuple[Finding, ...] = ()
+    folder: str = ""
+    """Folder within the export that the graph and its weights go to; empty is the export's own."""
+
+    @property
+    def file(self) -> str:
+        """Where the graph goes, relative to the export."""
+        return f"{self.folder}/model.onnx" if self.folder else f"{self.component}.onnx"
 
 
 class GraphMaker(Protocol):

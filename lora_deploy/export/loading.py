@@ -1,4 +1,4 @@
-"""Load a checkpoint as transformers does, and say in our words what it cannot do.
+"""Load a checkpoint as its library does, and say in our words what it cannot do.
 
 Promise: every tensor of the model comes from the checkpoint; nothing runs on weights that were never stored.
 """
@@ -9,39 +9,31 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from lora_deploy.errors import ExportError, LoraDeployError
+from lora_deploy.export.extras import require_diffusers
 from lora_deploy.tensors import DType
 
 _MAX_CAUSE = 500
 
 
-def load_model(folder: Path, dtype: DType) -> Any:  # noqa: ANN401 - a transformers model
-    """Load the model that ``architectures`` of a folder's configuration names.
+def load_model(folder: Path, dtype: DType) -> Any:  # noqa: ANN401 - a model of transformers or diffusers
+    """Load the model that a folder's configuration names: by ``architectures``, or by ``_class_name`` (diffusers).
 
     Raises:
-        ExportError: transformers has no such class, or the weights lack some of its tensors.
+        ExportError: The library has no such class, or the weights lack some of its tensors.
     """
-    import transformers
-
     from lora_deploy.rounding import torch_dtype
 
     config = json.loads((folder / "config.json").read_text())
-    names = config.get("architectures") or []
-    cls = getattr(transformers, str(names[0]), None) if names else None
-    if cls is None:
-        raise ExportError(
-            f"config.json: architectures is {names or 'missing'}: no class of transformers {transformers.__version__}",
-            hint="write the model's class into config.json, such as LlamaForCausalLM" if not names else None,
-            code="unknown-architecture",
-        )
+    cls, key = _diffusers_class(config) if "_class_name" in config else _transformers_class(config)
     with about(cls.__name__):
         model, loading = cls.from_pretrained(
-            folder, dtype=torch_dtype(dtype), output_loading_info=True, local_files_only=True
+            folder, output_loading_info=True, local_files_only=True, **{key: torch_dtype(dtype)}
         )
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -52,6 +44,33 @@ def load_model(folder: Path, dtype: DType) -> Any:  # noqa: ANN401 - a transform
             code="weights-missing",
         )
     return model.eval()
+
+
+def _transformers_class(config: Mapping[str, Any]) -> tuple[Any, str]:
+    """Give the model's class, and what it calls the dtype to load in."""
+    import transformers
+
+    names = config.get("architectures") or []
+    cls = getattr(transformers, str(names[0]), None) if names else None
+    if cls is None:
+        raise ExportError(
+            f"config.json: architectures is {names or 'missing'}: no class of transformers {transformers.__version__}",
+            hint="write the model's class into config.json, such as LlamaForCausalLM" if not names else None,
+            code="unknown-architecture",
+        )
+    return cls, "dtype"
+
+
+def _diffusers_class(config: Mapping[str, Any]) -> tuple[Any, str]:
+    diffusers = require_diffusers()
+    name = str(config["_class_name"])
+    cls = getattr(diffusers, name, None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise ExportError(
+            f"config.json: _class_name is {name}: no model of diffusers {diffusers.__version__}",
+            code="unknown-architecture",
+        )
+    return cls, "torch_dtype"
 
 
 @contextmanager

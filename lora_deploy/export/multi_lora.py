@@ -109,6 +109,8 @@ def plan_multi_lora(export: ExportPlan, adapters: Sequence[NamedAdapter], target
     """
     if export.options.storage == "shared":
         raise RecipeError("--multi-lora with --weights shared: its graphs are written beside weights of their own")
+    if export.blueprint.components:
+        raise RecipeError("--multi-lora: is for language models and other single models, not for pipelines")
     if export.quantisation is not None:
         raise RecipeError("--multi-lora with --quantize: a product of packed weights has no inputs for adapters")
     if not adapters and not targets:
@@ -164,7 +166,7 @@ def execute_multi_lora(plan: MultiLoraPlan, out: Path, *, progress: Progress | N
         artifacts = write_files(plan.export, graphs, edited, folder, progress)
         artifacts += [adapter.write(folder, inputs) for adapter in plan.adapters]
         record = record_of(plan.export, graphs, digest, identity, artifacts)
-        described = {name: recorded_graph(folder / graph.file) for name, graph in record.graphs.items()}
+        described = {name: recorded_graph(folder, graph.file) for name, graph in record.graphs.items()}
         record = record.model_copy(update={"graphs": described, "multi_lora": multi_lora})
         write_record(folder, record, plan.export, graphs)
         return record

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAKER_CHOICES = ("auto", "transformers", "genai")
+MAKER_CHOICES = ("auto", "transformers", "diffusers", "genai")
 DTYPE_CHOICES = ("float32", "float16", "bfloat16")
 PROVIDER_CHOICES = ("cpu", "cuda")
 STORAGE_CHOICES = ("external", "shared")
 QUANTIZE_CHOICES = ("int4", "int8-blockwise", "int8")
-LAYOUT_CHOICES = ("transformers", "genai")
+LAYOUT_CHOICES = ("transformers", "diffusers", "genai")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,8 @@ class ExportOptions:
     """``external``: files of their own, laid out as the graph wants them; ``shared``: the merged safetensors files
     themselves, where their layout allows."""
     layout: str = "transformers"
-    """``transformers``: what its ``ExportedModel`` loads; ``genai``: what onnxruntime-genai loads."""
+    """``transformers``: what its ``ExportedModel`` loads; ``genai``: what onnxruntime-genai loads; ``diffusers``: what
+    optimum's pipelines load, which every pipeline gets."""
     maker: str = "auto"
     """Which graph maker; ``auto`` is the one that the layout needs."""
     quantize: str | None = None

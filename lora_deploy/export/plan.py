@@ -19,7 +19,7 @@ from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.precision import dtype_findings, graph_dtype
 from lora_deploy.export.quantisation import Quantisation, quantisation_of
 from lora_deploy.export.record import digest_of
-from lora_deploy.export.sources import CheckpointSource, WeightSource
+from lora_deploy.export.sources import CheckpointSource, WeightSource, components_of
 from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import merged_folder
 from lora_deploy.tensors import DType
@@ -44,7 +44,8 @@ class ExportPlan:
         for name in ("fresh", "quantize", "block_size", "is_symmetric"):
             del chosen[name]
         quantised = {"quantisation": self.quantisation.model_dump()} if self.quantisation else {}
-        return {**chosen, "dtype": self.dtype.long_name, "maker": self.maker.name, **quantised}
+        layout = {"layout": "diffusers"} if self.maker.name == "diffusers" else {}
+        return {**chosen, "dtype": self.dtype.long_name, "maker": self.maker.name, **layout, **quantised}
 
     @property
     def quantisers(self) -> dict[str, str]:
@@ -93,7 +94,15 @@ def plan_export(source: WeightSource, options: ExportOptions) -> ExportPlan:
             hint="merge first, then export the merged folder; or --weights external",
         )
     dtype = graph_dtype(source.name, source.specs, options.dtype, options.provider, is_merged=is_merged)
-    maker = _maker(options)
+    components = components_of(source)
+    if components and options.storage == "shared":
+        raise ExportError(
+            "--weights shared: a pipeline's graphs lie in folders of their own, and onnxruntime reads only from there",
+            hint="--weights external",
+        )
+    if components and options.quantize is not None:
+        raise ExportError("--quantize: is not for pipelines", hint="export without it")
+    maker = _maker(options, is_pipeline=bool(components))
     blueprint = blueprint_of(
         source,
         dtype=dtype,
@@ -113,8 +122,13 @@ def plan_export(source: WeightSource, options: ExportOptions) -> ExportPlan:
     )
 
 
-def _maker(options: ExportOptions) -> GraphMaker:
-    wanted = "genai" if options.layout == "genai" else "transformers"
+def _maker(options: ExportOptions, *, is_pipeline: bool) -> GraphMaker:
+    wanted = "genai" if options.layout == "genai" else "diffusers" if is_pipeline else "transformers"
+    if (is_pipeline and wanted == "genai") or (options.layout == "diffusers" and not is_pipeline):
+        raise ExportError(
+            f"--layout {options.layout}: is not for {'pipelines' if is_pipeline else 'single models'}",
+            hint=f"--layout {'diffusers' if is_pipeline else 'transformers'}",
+        )
     if options.maker not in {"auto", wanted}:
         raise ExportError(f"--maker {options.maker}: its graphs are not of --layout {options.layout}")
     for entry in GRAPH_MAKERS:

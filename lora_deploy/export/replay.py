@@ -68,7 +68,7 @@ def misplaced(folder: Path, component: BoundComponent, table: BindingTable) -> I
             slot = table.slots[component.slots[tensor.name]]
             span = component.spans.get(tensor.name, Span(start=0, n_bytes=slot.n_bytes))
             start, length = str(slot.offset + span.start), str(span.n_bytes)
-            expected = {"location": slot.file, "offset": start, "length": length}
+            expected = {"location": slot.name, "offset": start, "length": length}
             found = {entry.key: entry.value for entry in tensor.external_data if entry.key in expected}
             if {"offset": "0", **found} != expected:
                 yield f"{component.file}: {tensor.name}: is read from {found or 'the graph'}, expected {expected}"

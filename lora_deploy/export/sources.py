@@ -8,6 +8,7 @@ are loaded when a tensor is asked for, not before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +20,7 @@ from lora_deploy.merge.progress import Progress
 from lora_deploy.merge.record import RecordedOrigin
 from lora_deploy.names.index import NameIndex
 from lora_deploy.names.ties import ties_of
+from lora_deploy.pipeline_layout import SEPARATOR
 from lora_deploy.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -133,16 +135,33 @@ def equal_groups(source: WeightSource) -> list[tuple[str, ...]]:
 
     Only what the architecture may share is compared: nothing is made of equal values elsewhere.
     """
-    index = NameIndex(source.specs, source.config)
     groups: list[tuple[str, ...]] = []
-    for tie in ties_of(index, source.specs, source.config):
-        if tie.is_stored:
-            import torch
+    for prefix, specs, config in _models_of(source):
+        for tie in ties_of(NameIndex(specs, config), specs, config):
+            if tie.is_stored:
+                import torch
 
-            one, other = source.tensors([tie.source]), source.tensors([tie.member])
-            if torch.equal(next(one), next(other)):
-                groups.append((tie.source, tie.member))
+                names = (prefix + tie.source, prefix + tie.member)
+                if torch.equal(*(next(source.tensors([name])) for name in names)):
+                    groups.append(names)
     return groups
+
+
+def components_of(source: WeightSource) -> tuple[str, ...]:
+    """Name the components of a pipeline that have weights; none for a single model."""
+    found = dict.fromkeys(name.partition(SEPARATOR)[0] for name in source.specs if SEPARATOR in name)
+    return tuple(name for name in found if isinstance(source.config.get(name), Mapping))
+
+
+def _models_of(source: WeightSource) -> Iterator[tuple[str, Mapping[str, TensorSpec], Mapping[str, Any]]]:
+    """Give every model with the prefix of its tensors, and these under its own names."""
+    components = components_of(source)
+    if not components:
+        yield "", source.specs, source.config
+    for component in components:
+        prefix = component + SEPARATOR
+        own = {name.removeprefix(prefix): spec for name, spec in source.specs.items() if name.startswith(prefix)}
+        yield prefix, {name: replace(spec, name=name) for name, spec in own.items()}, source.config[component]
 
 
 def require_tensors(source: WeightSource, names: Sequence[str]) -> None:

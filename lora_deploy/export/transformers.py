@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,7 @@ class TransformersMaker:
         require_transformers_exporters()
         with quiet():
             model = load_model(task.checkpoints[0], task.dtype)
-            for number, stage in enumerate(self._stages(model)):
-                with about(stage.component):
-                    if number:
-                        _refill(model, task, 0)
-                    yield from self._draw(task, model, stage)
+            yield from self.draw_stages(task, model, self._stages(model))
 
     def companions(self, task: GraphTask) -> Mapping[str, bytes]:
         """Nothing but graphs."""
@@ -60,7 +56,20 @@ class TransformersMaker:
         with about(type(model).__name__):
             return list(stages_of(model))
 
+    def draw_stages(self, task: GraphTask, model: Any, stages: Sequence[Stage]) -> Iterator[Drawing]:  # noqa: ANN401
+        """Draw some stages of a loaded model, each twice; the model's weights are the second drawing's afterwards."""
+        for number, stage in enumerate(stages):
+            with about(stage.component):
+                if number:
+                    _refill(model, task, 0)
+                yield from self._draw(task, model, stage)
+
     def _draw(self, task: GraphTask, model: Any, stage: Stage) -> Iterator[Drawing]:  # noqa: ANN401
+        """Draw one stage of a model twice; the model's weights are replaced by those of the task's checkpoints.
+
+        Raises:
+            ExportError: The graph is not the model.
+        """
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
         from transformers.exporters.exporter_onnx import OnnxExporter

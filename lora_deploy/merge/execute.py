@@ -21,8 +21,9 @@ from lora_deploy.merge.budget import Footprint, fit, private_bytes, require_disk
 from lora_deploy.merge.compose import compose_record
 from lora_deploy.merge.exact import BlockFacts
 from lora_deploy.merge.facts import TensorFacts
-from lora_deploy.merge.form import Form, SafetensorsForm, json_file
+from lora_deploy.merge.form import Form, SafetensorsForm
 from lora_deploy.merge.identity import identify, identity_digest
+from lora_deploy.merge.layout import config_files
 from lora_deploy.merge.local import Workers, chosen_device, local_workers
 from lora_deploy.merge.output import (
     WORK_FOLDER,
@@ -218,8 +219,9 @@ def _finish(
 ) -> MergeRecord:
     """Write everything but the weights: configuration, travelling files, the form's own, and at last the record."""
     artifacts = [result.artifact for result in results]
-    if plan.config and "config.json" not in plan.companions:
-        artifacts.append(_write_bytes(partial, "config.json", json_file(plan.config)))
+    for name, content in config_files(plan.config, plan.binding.checkpoint):
+        if name not in plan.companions:
+            artifacts.append(_write_bytes(partial, name, content))
     for name, source in sorted(plan.companions.items()):
         artifacts.append(_write_bytes(partial, name, source.read_bytes()))
     written = tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in sorted(artifacts))

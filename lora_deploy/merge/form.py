@@ -5,11 +5,11 @@ Promise: a form decides no value. Which tensors there are, in which format and w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from lora_deploy.merge.exact import BlockFacts
+from lora_deploy.merge.layout import index_files, json_text
 from lora_deploy.merge.local import Workers
 from lora_deploy.merge.plan import MergePlan, PlannedTensor, ShardPlan
 from lora_deploy.merge.record import RecordedFile
@@ -32,7 +32,7 @@ class Form(Protocol):
 
 
 class SafetensorsForm:
-    """A checkpoint: every tensor in the plan's order, and an index where there are several files."""
+    """A checkpoint: every tensor in the plan's order, and an index for each model with several files."""
 
     def contents(self, plan: MergePlan, shard: ShardPlan, workers: Workers, chunk_elements: int) -> Iterator[Piece]:
         """See the protocol."""
@@ -45,21 +45,5 @@ class SafetensorsForm:
 
     def others(self, plan: MergePlan, written: tuple[RecordedFile, ...]) -> Mapping[str, bytes]:
         """See the protocol."""
-        if len(plan.shards) == 1:
-            return {}
-        return {"model.safetensors.index.json": json_file(_index(plan))}
-
-
-def json_file(value: Mapping[str, Any]) -> bytes:
-    """Write a JSON file's content: sorted keys, two spaces, one final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _index(plan: MergePlan) -> dict[str, Any]:
-    names = {tensor.spec.name: tensor.spec.file for tensor in plan.tensors}
-    total = sum(tensor.spec.n_bytes for tensor in plan.tensors)
-    n_elements = sum(tensor.spec.n_elements for tensor in plan.tensors)
-    return {
-        "metadata": {"total_parameters": n_elements, "total_size": total},
-        "weight_map": dict(sorted(names.items())),
-    }
+        indices = index_files([tensor.spec for tensor in plan.tensors], plan.binding.checkpoint)
+        return {name: json_text(index) for name, index in indices}

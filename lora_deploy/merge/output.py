@@ -133,8 +133,18 @@ def claim(partial: Path, identity: Mapping[str, Any], files: Container[str], *, 
         raise OutputExistsError(f"{partial}: holds {others[0].name}, of no merge of ours", hint="choose another -o")
     write_text(marker, text)
     for path in others:
-        if path.name not in files:
-            remove(path)
+        _keep_only(files, path, partial)
+
+
+def _keep_only(files: Container[str], path: Path, root: Path) -> None:
+    """Remove what is not one of these files of ``root``, in folders too."""
+    if path.is_dir() and not path.is_symlink():
+        for inner in path.iterdir():
+            _keep_only(files, inner, root)
+        if any(path.iterdir()):
+            return
+    if path.relative_to(root).as_posix() not in files:
+        remove(path)
 
 
 def abandon(partial: Path) -> None:
@@ -147,6 +157,8 @@ def abandon(partial: Path) -> None:
 
 def publish(partial: Path, out: Path) -> None:
     """Put the finished folder in its place; what was there is removed only after that succeeded."""
+    for folder in (path for path in partial.iterdir() if path.is_dir()):
+        sync_folder(folder)
     sync_folder(partial)
     if out.is_dir() and any(out.iterdir()):
         out.rename(_aside(out))

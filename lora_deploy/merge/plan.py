@@ -15,7 +15,9 @@ from typing import Any
 
 from lora_deploy.adapter import ModuleUpdate
 from lora_deploy.adapters.interface import ReadOptions
+from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import Finding, MergeError, RecipeError, Severity
+from lora_deploy.merge.layout import files_of_model, files_of_pipeline, untouched_header
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.precision import OVERFLOWS_FLOAT16, is_kept, model_types
 from lora_deploy.rounding import dtype_of
@@ -25,7 +27,6 @@ from lora_deploy.updates.interface import Update
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding
 
-_SINGLE = "model.safetensors"
 _METADATA = {"format": "pt"}
 
 
@@ -81,7 +82,8 @@ class MergePlan:
     """The dtype that floating tensors are cast to; None keeps each tensor's own."""
     shards: tuple[ShardPlan, ...]
     config: Mapping[str, Any]
-    """``config.json`` as it will be, edits and dtype applied; empty when the base has none."""
+    """``config.json`` as it will be, edits and dtype applied; empty when the base has none. Of a pipeline, the
+    components' are in it under their names."""
     companions: Mapping[str, Path]
     """Other files that travel: name in the output, and where from."""
     findings: tuple[Finding, ...]
@@ -121,7 +123,7 @@ def plan_merge(
     """
     dtype = _output_dtype(options.dtype)
     tensors = [_planned(binding, name, source, dtype) for name, source in binding.outputs.items()]
-    shards = tuple(_shards(tensors, options.max_shard_bytes))
+    shards = tuple(_shards(binding, tensors, options.max_shard_bytes))
     return MergePlan(
         binding=binding,
         read_options=read_options or ReadOptions(),
@@ -174,16 +176,17 @@ def _stored_dtype(
         own = source.dtype
     else:
         own = next(dtype_of(entry.update.values) for entry in updates if isinstance(entry.update, Replacement))
-        own = _usual_dtype(binding) if own.is_floating else own
-    if dtype is None or not own.is_floating or is_kept(name, binding.checkpoint.config, dtype):
+        own = _usual_dtype(binding.checkpoint.owner_of(name)[0]) if own.is_floating else own
+    model, inner = binding.checkpoint.owner_of(name)
+    if dtype is None or not own.is_floating or is_kept(inner, model.config, dtype):
         return own
     return dtype
 
 
-def _usual_dtype(binding: Binding) -> DType:
-    """The floating dtype that most of the base's bytes are stored in: what an added head is cast to."""
+def _usual_dtype(model: Checkpoint) -> DType:
+    """The floating dtype that most of a model's bytes are stored in: what an added head is cast to."""
     sizes: dict[DType, int] = {}
-    for spec in binding.checkpoint.tensors.values():
+    for spec in model.tensors.values():
         if spec.dtype.is_floating:
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.n_bytes
     return max(sizes, key=lambda dtype: sizes[dtype], default=DType.F32)
@@ -198,29 +201,32 @@ def _treatment(source: TensorSpec | None, updates: tuple[ModuleUpdate, ...], sto
     return Treatment.UNTOUCHED if source.dtype is stored else Treatment.CAST
 
 
-def _shards(tensors: list[PlannedTensor], max_shard_bytes: int) -> Iterator[ShardPlan]:
-    if max_shard_bytes < 1:
-        raise RecipeError(f"max shard size: found {max_shard_bytes} bytes, expected at least 1")
-    groups: list[list[PlannedTensor]] = []
-    n_bytes = 0
-    for tensor in tensors:
-        if not groups or n_bytes + tensor.spec.n_bytes > max_shard_bytes:
-            groups.append([])
-            n_bytes = 0
-        groups[-1].append(tensor)
-        n_bytes += tensor.spec.n_bytes
-    for number, group in enumerate(groups, start=1):
-        file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        yield _shard(file, group)
+def _shards(binding: Binding, tensors: list[PlannedTensor], max_bytes: int) -> Iterator[ShardPlan]:
+    if max_bytes < 1:
+        raise RecipeError(f"max shard size: found {max_bytes} bytes, expected at least 1")
+    planned = {tensor.spec.name: tensor for tensor in tensors}
+    if not binding.checkpoint.components:
+        files = files_of_model({name: tensor.spec for name, tensor in planned.items()}, max_bytes)
+    elif max_bytes == MergeOptions().max_shard_bytes:
+        files = files_of_pipeline(binding.checkpoint, binding.outputs)
+    else:
+        raise RecipeError("max shard size: a pipeline's components keep the files that they have", hint="leave it out")
+    for file, names in files.items():
+        yield _shard(binding.checkpoint, file, [planned[name] for name in names])
 
 
-def _shard(file: str, tensors: list[PlannedTensor]) -> ShardPlan:
+def _shard(checkpoint: Checkpoint, file: str, tensors: list[PlannedTensor]) -> ShardPlan:
     placed, start = [], 0
     for tensor in tensors:
         stop = start + tensor.spec.n_bytes
         placed.append(replace(tensor, spec=replace(tensor.spec, file=file, start=start, stop=stop)))
         start = stop
-    header = format_header((tensor.spec for tensor in placed), _METADATA)
+    header = None
+    if checkpoint.components and all(tensor.treatment is Treatment.UNTOUCHED for tensor in placed):
+        header = untouched_header(checkpoint, file, [tensor.source for tensor in placed if tensor.source])
+    if header is None:
+        specs = (replace(t.spec, name=checkpoint.owner_of(t.spec.name)[1]) for t in placed)
+        header = format_header(specs, _METADATA)
     return ShardPlan(file=file, tensors=tuple(placed), header=header)
 
 
@@ -228,8 +234,10 @@ def _edited_config(binding: Binding, dtype: DType | None) -> dict[str, Any]:
     config: dict[str, Any] = _deep_copy(binding.checkpoint.config)
     for path, value in binding.config_edits.items():
         _set(config, path.split("."), value)
-    if config and dtype is not None:
-        _set_dtype(config, dtype.long_name, is_outermost=True)
+    if dtype is not None:
+        for model in [config[name] for name in binding.checkpoint.components] or [config]:
+            # Models of diffusers have no such entry, and would warn of one.
+            _set_dtype(model, dtype.long_name, is_outermost=bool(model) and "_class_name" not in model)
     return config
 
 

@@ -1,7 +1,8 @@
 """Which tensors an architecture keeps in float32, and which architectures overflow float16 in their activations.
 
 Both are facts about architectures, not choices: a table here, by ``model_type``, from transformers 5.23.0
-(``_keep_in_fp32_modules`` and ``_keep_in_fp32_modules_strict`` of every modelling file; a test compares them).
+(``_keep_in_fp32_modules`` and ``_keep_in_fp32_modules_strict`` of every modelling file; a test compares them), and by
+class from diffusers 0.42.1 (``_keep_in_fp32_modules``).
 """
 
 from __future__ import annotations
@@ -198,6 +199,55 @@ _KEPT_IN_16_BITS = (
 )
 """Model types, and the parts of tensor names that stay float32 in a float16 or bfloat16 model."""
 
+_KEPT_BY_DIFFUSERS = (
+    (
+        ("AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel", "ChronoEditTransformer3DModel"),
+        ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+    ),
+    (
+        ("SkyReelsV2Transformer3DModel", "WanTransformer3DModel", "WanVACETransformer3DModel"),
+        ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+    ),
+    (
+        ("WanAnimateTransformer3DModel",),
+        ("motion_synthesis_weight", "rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+    ),
+    (
+        ("WanAnimate2Transformer3DModel",),
+        ("modulation", "time_embedding", "time_projection", "scale_shift_table", "norm1", "norm2", "norm3"),
+    ),
+    (
+        ("HeliosTransformer3DModel",),
+        ("history_key_scale", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
+    ),
+    (("CosmosControlNetModel", "CosmosTransformer3DModel"), ("learnable_pos_embed",)),
+    (("Cosmos3OmniTransformer",), ("time_embedder",)),
+    (("Flux3Transformer2DModel",), ("norm_k", "norm_q")),
+    (
+        ("JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel"),
+        ("norm1", "norm2", "norm_out", "time_embedder"),
+    ),
+    (("Kandinsky5Transformer3DModel",), ("modulation", "text_modulation", "time_embeddings", "visual_modulation")),
+    (("Kandinsky6SRTransformer3DModel",), ("modulation", "pooled_bias", "time_embeddings")),
+    (("Kandinsky6Transformer3DModel",), ("modulation", "time_embeddings")),
+    (("Krea2Transformer2DModel",), ("norm", "norm1", "norm2", "norm_k", "norm_q")),
+    (
+        ("MiniMaxH3Transformer3DModel",),
+        ("audio_proj_in", "audio_proj_out", "proj_in", "proj_out", "rope", "time_embedder"),
+    ),
+    (
+        ("AutoencoderKLMiniMaxH3",),
+        ("encoder", "norm1", "norm2", "norm_out", "quant_conv", "scale1", "scale2"),
+    ),
+    (
+        ("AutoencoderKLMiniMaxH3Audio",),
+        ("dec_in_proj", "decoder", "encoder", "logs_proj", "mean_proj", "pre_block"),
+    ),
+    (("RFD4ProteinaAutoencoder",), ("latent_decoder_mean_n_log_scale", "norm")),
+    (("RFD4ProteinaTransformer",), ("cond_factory", "ln_out", "norm")),
+)
+"""Classes of diffusers 0.42.1, and the parts of tensor names that stay float32 in a 16-bit model."""
+
 OVERFLOWS_FLOAT16 = frozenset(
     {
         "t5",
@@ -230,9 +280,9 @@ def is_kept(name: str, config: Mapping[str, Any], dtype: DType) -> bool:
     """Whether the architecture keeps this tensor as it is when the model is cast to ``dtype``."""
     if dtype not in {DType.F16, DType.BF16}:
         return False
-    types = set(model_types(config))
-    tables: Iterable[tuple[tuple[str, ...], tuple[str, ...]]] = _KEPT_IN_16_BITS
+    types = {*model_types(config), config.get("_class_name")}
+    tables: Iterable[tuple[tuple[str, ...], tuple[str, ...]]] = (*_KEPT_IN_16_BITS, *_KEPT_BY_DIFFUSERS)
     if dtype is DType.F16:
-        tables = (*_KEPT_IN_FLOAT16, *_KEPT_IN_16_BITS)
+        tables = (*_KEPT_IN_FLOAT16, *tables)
     parts = [part for names, kept in tables if types.intersection(names) for part in kept]
     return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in parts)

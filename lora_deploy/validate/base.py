@@ -46,7 +46,8 @@ class Base:
     def stores_in_out(self, name: str) -> bool | None:
         """Whether the tensor belongs to a layer that stores (in, out); None when no model type says."""
         if not self.model_types:
-            return False if self.checkpoint.is_out_in else None
+            known = self.checkpoint.is_out_in or "_class_name" in self.config  # diffusers has no such layers
+            return False if known else None
         return not CONV1D_TYPES.isdisjoint(self.model_types) and CONV1D_MODULES.search(name) is not None
 
     def is_shared(self, tie: Tie) -> bool:

@@ -19,6 +19,7 @@ from lora_deploy.validate.copies import resized_copies
 from lora_deploy.validate.findings import Findings, misfit
 from lora_deploy.validate.fit import fit
 from lora_deploy.validate.identity import check_identity
+from lora_deploy.validate.pipeline import bind_pipeline
 from lora_deploy.validate.placement import Placed, place
 from lora_deploy.validate.prefix import output_names
 from lora_deploy.validate.replacements import Replaced, apply_replacements
@@ -27,27 +28,40 @@ from lora_deploy.validate.sharing import share
 
 
 def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptions | None = None) -> Binding:
-    """Bind adapters, in order, to a base.
+    """Bind adapters, in order, to a base: a model, or a pipeline of components.
 
     Raises:
-        RecipeError: An option cannot be obeyed: a weight too many, a pattern that matches nothing.
+        RecipeError: An option cannot be obeyed: a weight too many, a pattern that matches nothing, no such component.
         IncompatibleAdapterError: Something does not fit; every misfit is in ``findings``.
     """
     options = options or BindOptions()
     if options.weights and len(options.weights) != len(adapters):
         raise RecipeError(f"found {len(options.weights)} weights for {len(adapters)} adapters")
+    if len(options.components) > 1 and len(options.components) != len(adapters):
+        raise RecipeError(f"found {len(options.components)} components for {len(adapters)} adapters")
+    choice = Choice(options)
+    if checkpoint.components:
+        binding = bind_pipeline(adapters, checkpoint, options, choice, _bind_model)
+    elif options.components:
+        raise RecipeError(f"--component {options.components[0]}: {checkpoint.ref.name} is no pipeline of components")
+    else:
+        binding = _bind_model(adapters, checkpoint, options, choice)
+    choice.check_patterns()
+    return binding
+
+
+def _bind_model(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptions, choice: Choice) -> Binding:
     findings = Findings()
     findings.extend(checkpoint.findings)
     given, (adapters, checkpoint) = tuple(adapters), without_adapter(adapters, checkpoint)
     stack, config_edits = replicated(adapters, checkpoint, findings)
-    base, choice = Base(checkpoint, stack), Choice(options)
+    base = Base(checkpoint, stack)
     placed: list[Placed] = []
     for k, adapter in enumerate(adapters):
         findings.extend(adapter.findings)
         check_identity(adapter, checkpoint, findings)
         copies = [replace(copy, adapter_index=k) for copy in resized_copies(adapter, base, findings)]
         placed += place(adapter, [*copies, *_weighted(adapter, k, options, findings)], base, choice, findings)
-    choice.check_patterns()
     placed, replaced = apply_replacements(placed, adapters, base, findings)
     updates = _fitted(placed, replaced, adapters, base, findings)
     outputs: dict[str, str | None] = {**stack, **dict.fromkeys(replaced.added)}

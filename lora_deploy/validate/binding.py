@@ -23,6 +23,11 @@ class BindOptions:
     """Shell patterns of tensor names that must not be changed; named in the record."""
     tokenizer: str | None = None
     """``adapter`` or ``base``: whose tokenizer is to travel; its token ids must have rows in the embedding."""
+    components: tuple[str, ...] = ()
+    """Components of a diffusion pipeline that adapters go to: one for all, or one an adapter, in order; empty means
+    the only one that fits."""
+    variant: str | None = None
+    """Which weights of a diffusion pipeline are the base where it has several, such as ``fp16``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Self
 
 from lora_deploy.errors import RecipeError
+from lora_deploy.pipeline_layout import SEPARATOR
 from lora_deploy.validate.binding import BindOptions
 
 
@@ -17,6 +20,13 @@ class Choice:
         self._include, self._exclude = options.include, options.exclude
         self._seen: dict[str, None] = {}
         self._left_out: dict[str, None] = {}
+        self._prefix = ""
+
+    def within(self, component: str) -> Self:
+        """Decide about a component's tensors, by the names that they have in the pipeline; memory is shared."""
+        inner = copy.copy(self)
+        inner._prefix = component + SEPARATOR  # noqa: SLF001 - a copy of this very object
+        return inner
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -25,6 +35,7 @@ class Choice:
 
     def takes(self, name: str, keys: Iterable[str]) -> bool:
         """Decide whether the tensor of this name is to be changed by these keys."""
+        name = self._prefix + name
         self._seen[name] = None
         included = not self._include or any(fnmatchcase(name, pattern) for pattern in self._include)
         taken = included and not any(fnmatchcase(name, pattern) for pattern in self._exclude)

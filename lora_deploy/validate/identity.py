@@ -36,7 +36,7 @@ def check_identity(adapter: Adapter, checkpoint: Checkpoint, findings: Findings)
 
 
 def _known_names(checkpoint: Checkpoint) -> set[str]:
-    names = {checkpoint.ref.name, str(checkpoint.config.get("_name_or_path") or "")}
+    names = {checkpoint.ref.name, checkpoint.ref.pipeline, str(checkpoint.config.get("_name_or_path") or "")}
     return {_short(name) for name in names if name}
 
 

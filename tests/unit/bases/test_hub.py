@@ -200,3 +200,22 @@ def test_a_hub_that_cannot_be_reached_is_unavailable(hub: Hub, tmp_path: Path) -
     assert answer.startswith(
         "HubUnavailableError|owner/served: no such folder, not in the cache, and the hub cannot be"
     )
+
+
+def test_a_cached_pipeline_opens_with_its_components() -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = Path(HF_HUB_CACHE) / "models--owner--pipeline"
+    snapshot = root / "snapshots" / COMMIT
+    make_checkpoint(snapshot / "unet", W, {"_class_name": "UNet2DConditionModel"})
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(COMMIT)
+    blob = root / "blobs" / "weights"
+    blob.parent.mkdir()
+    (snapshot / "unet" / "model.safetensors").rename(blob)
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").symlink_to("../../../blobs/weights")
+    checkpoint = open_base("owner/pipeline@main")
+    assert (checkpoint.ref.name, checkpoint.ref.revision) == ("owner/pipeline", COMMIT)
+    assert set(checkpoint.tensors) == {f"unet/{name}" for name in W}

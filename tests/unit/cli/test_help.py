@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from lora_deploy.cli import main
 
 READ = {"--alpha", "--adapter-name", "--enable-lora", "--base-is-residual"}
-BIND = {"--base", "--weight", "--include", "--exclude", "--dequantize"}
+BIND = {"--base", "--weight", "--include", "--exclude", "--component", "--variant", "--dequantize"}
 SHOWN = {"--json", "-q", "--quiet", "-h", "--help"}
 OPTIONS = {
     "inspect": READ | SHOWN,

@@ -95,3 +95,22 @@ def test_what_is_kept_goes_by_whole_parts_of_the_name_and_by_nested_model_types(
     assert not is_kept(T5_WO, {"model_type": "llama"}, DType.F16)
     assert is_kept("model.layers.3.mlp.gate.e_score_correction_bias", {"model_type": "deepseek_v3"}, DType.BF16)
     assert not is_kept("model.layers.3.mlp.gateXweight", {"model_type": "beam"}, DType.BF16)
+
+
+def test_the_table_of_classes_keeps_what_diffusers_keeps() -> None:
+    from importlib.util import find_spec
+
+    spec = find_spec("diffusers")
+    assert spec is not None
+    assert spec.origin is not None
+    kept: dict[str, set[str]] = {}
+    for path in Path(spec.origin).parent.glob("models/**/*.py"):
+        text = path.read_text()
+        if "_keep_in_fp32_modules = [" not in text:
+            continue
+        for cls in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)):
+            for node in cls.body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_keep_in_fp32_modules":
+                    kept[cls.name] = set(ast.literal_eval(node.value))
+    table = {name: set(parts) for names, parts in precision._KEPT_BY_DIFFUSERS for name in names}
+    assert table == kept
