@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Evidence:
     replay: ReplayReport | NotApplicable
     parity: ParityReport | NotApplicable
     latency: LatencyReport | NotApplicable
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What was checked: sha256 by path of the recorded weights and graphs, as they were found."""
 
     @property
     def checks(self) -> dict[Check, ReplayReport | ParityReport | LatencyReport | NotApplicable]:
@@ -50,7 +53,9 @@ class Evidence:
     def to_json(self) -> dict[str, Any]:
         """The whole of ``evidence.json``; infinities and NaN are null."""
         reports = {check.value: report.to_json() for check, report in self.checks.items()}
-        document: dict[str, Any] = _plain({"schema": SCHEMA, "verdict": self.verdict.value, **reports})
+        document: dict[str, Any] = _plain(
+            {"schema": SCHEMA, "verdict": self.verdict.value, "files": dict(self.files), **reports}
+        )
         return document
 
     def write(self, folder: Path) -> Path | None:

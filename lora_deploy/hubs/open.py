@@ -1,0 +1,52 @@
+"""TARGET as people write it, to a hub.
+
+``hf://owner/name[@rev]`` or ``owner/name[@rev]``; ``file:///path``, ``/path``, ``./path``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from lora_deploy.errors import RecipeError
+from lora_deploy.hubs.folder import Folder
+from lora_deploy.hubs.interface import Hub
+from lora_deploy.hubs.options import PushOptions
+
+_ID = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?$")
+_KNOWN = "owner/name[@rev], hf://owner/name[@rev], ./folder, /folder or file:///folder"
+
+
+def open_hub(target: str, options: PushOptions) -> Hub:
+    """Give the hub that a target names; nothing is asked yet.
+
+    Raises:
+        RecipeError: The target has no known form, or two.
+    """
+    scheme, _, rest = target.rpartition("://")
+    if scheme == "file":
+        parts = urlsplit(target)
+        if parts.netloc not in {"", "localhost"}:
+            raise RecipeError(f"{target}: names another host", hint="file:///path")
+        return Folder(Path(unquote(parts.path)), options)
+    if scheme in {"", "hf"}:
+        if not scheme and (target.startswith(("/", "./", "../", "~")) or target in {".", ".."}):
+            return Folder(Path(target).expanduser(), options)
+        match = _ID.match(rest.removeprefix("models/") if scheme else rest)
+        if match:
+            if not scheme and Path(match["name"]).exists():
+                raise RecipeError(
+                    f"{target}: is a folder here and the form of a repository",
+                    hint=f"write ./{target} or hf://{target}",
+                )
+            return _hugging_face(match["name"], match["revision"], options)
+    raise RecipeError(f"{target}: is no target that is known, expected {_KNOWN}")
+
+
+def _hugging_face(name: str, revision: str | None, options: PushOptions) -> Hub:
+    from lora_deploy.hubs.huggingface import HuggingFace
+
+    if revision and options.revision and unquote(revision) != options.revision:
+        raise RecipeError(f"{name}: found revision {revision} in the target and {options.revision} in --revision")
+    return HuggingFace(name, unquote(revision) if revision else options.revision, options)
