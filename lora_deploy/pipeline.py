@@ -69,6 +69,7 @@ from lora_deploy.push import push as publish_release
 from lora_deploy.references import Reference, References, named_base, read_named, several
 from lora_deploy.release.assemble import Release, assemble, default_graphs
 from lora_deploy.release.manifest import MANIFEST_NAME, Manifest
+from lora_deploy.release.manifest import check as check_release
 from lora_deploy.release.options import ReleaseOptions
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
@@ -302,21 +303,27 @@ def verify(  # noqa: PLR0913 - an option type a stage
     """Check a merged checkpoint: weights, outputs, latency; without a folder, the current one if it holds our record.
 
     Where the folder holds our record, that says what was merged and how, and every byte must match; ``adapters`` and
-    ``base`` then only say where the inputs lie now, and ``evidence.json`` is written beside the record. Any other
-    folder needs ``adapters``. Of ``merge_options`` only memory, device and workers matter.
+    ``base`` then only say where the inputs lie now, and ``evidence.json`` is written beside the record; a release is
+    compared with its manifest first, and keeps the evidence that it was released with. Any other folder needs
+    ``adapters``. Of ``merge_options`` only memory, device and workers matter.
 
     Raises:
         RecipeError: Nothing says what was merged, or an option contradicts the record.
         InputError: An input is not the recorded one.
+        ReleaseError: A release is not what its manifest says.
         LoraDeployError: As ``validate``.
     """
     root = _merged_folder(folder)
+    is_released = (root / MANIFEST_NAME).is_file()
+    if is_released:
+        check_release(root, progress)
     planned, is_ours = _plan_of_folder(
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
     found = gather(planned, root, options or VerifyOptions(), is_ours=is_ours, progress=progress)
     found = replace(found, files=_checked_files(root))
-    found.write(root)
+    if not is_released:
+        found.write(root)
     return found
 
 

@@ -67,8 +67,8 @@ class CommandLine(click.Group):
     cls=CommandLine,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Sizes are decimal (5GB), GiB is accepted. Exit status: 0 done, 2 usage, 3 unusable input, 4 adapter and "
-    "base do not fit, 5 merge failed, 6 export failed, 7 verification failed, 8 release failed, 9 push failed, 10 could not be "
-    "verified, 70 a bug, 130 interrupted.",
+    "base do not fit, 5 merge failed, 6 export failed, 7 verification failed, 8 release failed, 9 push failed, "
+    "10 could not be verified, 70 a bug, 130 interrupted.",
 )
 @click.version_option(package_name="lora-deploy", prog_name="lora-deploy")
 def main() -> None:

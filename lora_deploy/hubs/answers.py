@@ -104,7 +104,8 @@ def asking(what: str, secret: str | None = None) -> Iterator[None]:
 
 def _said(error: Exception, secret: str | None) -> str:
     server = getattr(error, "server_message", None)
-    text = " ".join(str(server or error).split())
+    cause = f": {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
+    text = " ".join(f"{server or error}{cause}".split())
     if secret:
         text = text.replace(secret, "…")
     return (text[:_MAX_SHOWN] + "…" if len(text) > _MAX_SHOWN else text) or type(error).__name__

@@ -59,7 +59,7 @@ class HuggingFace:
 
     def preview(self, root: Path, files: Sequence[Artifact]) -> Preview:
         """Compare with the branch as it is."""
-        with _timed_client():
+        with _settled_client():
             if self._head() is None:
                 return Preview(url=self.url, to_send=tuple(files), notes=("the repository would be made",))
             remote = self._tree(self._branch)
@@ -67,7 +67,7 @@ class HuggingFace:
 
     def publish(self, root: Path, files: Sequence[Artifact], title: str, progress: Progress | None) -> Published:
         """Make the repository and branch if need be, send what is missing, commit once."""
-        with _timed_client():
+        with _settled_client():
             head = self._prepare()
             remote = self._tree(head)
             missing = [file for file in files if not _is_there(root, file, remote)]
@@ -87,7 +87,7 @@ class HuggingFace:
 
     def read_back(self, root: Path, files: Sequence[Artifact], published: Published) -> Mapping[str, str]:
         """Take digests from the tree of the commit itself."""
-        with _timed_client():
+        with _settled_client():
             remote = self._tree(published.revision or self._branch)
         missing = [str(file.path) for file in files if str(file.path) not in remote]
         if missing:
@@ -96,13 +96,13 @@ class HuggingFace:
 
     def listing(self) -> Mapping[str, int]:
         """List a revision."""
-        with _timed_client():
+        with _settled_client():
             return {path: found.n_bytes for path, found in self._tree(self._branch).items()}
 
     @contextmanager
     def opened(self, path: str) -> Iterator[Iterator[bytes]]:
         """Fetch through the client's own cache, then read."""
-        with _timed_client():
+        with _settled_client():
             with asking(f"{self.url}@{self._branch}/{path}", self._options.token):
                 local = self._api.hf_hub_download(self._name, path, revision=self._branch)
             with Path(local).open("rb", buffering=0) as stream:
@@ -290,11 +290,12 @@ def git_sha1(path: Path) -> str:
 
 
 @contextmanager
-def _timed_client() -> Iterator[None]:
-    """Let no call of the client wait for ever, which it does by default."""
+def _settled_client() -> Iterator[None]:
+    """Let no call of the client wait for ever, which it does by default, and let it draw no bars beside ours."""
     import sys
 
     from huggingface_hub.utils import _http
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     def timed() -> Any:  # noqa: ANN401 - a client of the HTTP library that this version uses
         client = _http.default_client_factory()
@@ -303,8 +304,13 @@ def _timed_client() -> Iterator[None]:
         return client
 
     before = _http._GLOBAL_CLIENT_FACTORY  # noqa: SLF001 - there is no way to ask for it
+    had_bars = not are_progress_bars_disabled()
     _http.set_client_factory(timed)
+    if had_bars:
+        disable_progress_bars()
     try:
         yield
     finally:
         _http.set_client_factory(before)
+        if had_bars:
+            enable_progress_bars()

@@ -148,6 +148,7 @@ def publish(partial: Path, out: Path) -> None:
     """Put the finished folder in its place; what was there is removed only after that succeeded."""
     sync_folder(partial)
     if out.is_dir() and any(out.iterdir()):
+        tidy(out)  # a process that was killed may have left there what ``out`` itself had replaced
         out.rename(_aside(out))
     partial.rename(out)
     sync_folder(out.parent)

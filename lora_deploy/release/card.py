@@ -173,10 +173,11 @@ def figures(check: str, evidence: Mapping[str, Any]) -> str:
 
 
 def _subject(subject: Mapping[str, Any]) -> str:
-    outputs = subject.get("outputs") or [{}]
-    first = outputs[0]
-    measure, mean = first.get("measure", ""), first.get("mean")
-    return f"{subject.get('name')}: {measure} {mean:.2g}" if isinstance(mean, float) else str(subject.get("name"))
+    first = (subject.get("outputs") or [{}])[0]
+    for key, name in (("kl_mean", "KL divergence"), ("relative_l2", "relative distance")):
+        if isinstance(first.get(key), float):
+            return f"{subject['name']}: {name} {first[key]:.2g}"
+    return f"{subject['name']}: {subject['verdict']}"
 
 
 def _commands(facts: CardFacts) -> list[str]:

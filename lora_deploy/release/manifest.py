@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_deploy.artifact import Artifact, cached_sha256, sha256_of
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import DigestMismatchError, InputError, MalformedCheckpointError, ReleaseError, UnsafeFileError
+from lora_deploy.merge.output import WORK_FOLDER
 from lora_deploy.merge.progress import Progress, reporting
 from lora_deploy.merge.record import RecordedAdapter, RecordedFile, RecordedFinding
 from lora_deploy.release.options import Acceptance
@@ -27,8 +28,8 @@ from lora_deploy.release.options import Acceptance
 MANIFEST_NAME = "lora_deploy.json"
 SIGNATURE_NAME = "model.sig"
 SCHEMA: Literal[1] = 1
-_IGNORED = (PurePosixPath(".gitattributes"), PurePosixPath(".cache/huggingface"))
-"""What hubs and their clients leave in a folder that they wrote."""
+_IGNORED = (PurePosixPath(".gitattributes"), PurePosixPath(".cache/huggingface"), PurePosixPath(WORK_FOLDER))
+"""What hubs and their clients leave in a folder that they wrote; and we, when killed just after it was complete."""
 
 
 class _Frozen(BaseModel):
