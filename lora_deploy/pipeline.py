@@ -43,6 +43,7 @@ from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.gather import gather
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.outcome import NotApplicable
+from lora_deploy.evidence.spectra import spectra_of
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.execute import Exported, execute_export
 from lora_deploy.export.execute import default_output as default_export
@@ -321,7 +322,7 @@ def verify(  # noqa: PLR0913 - an option type a stage
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
     found = gather(planned, root, options or VerifyOptions(), is_ours=is_ours, progress=progress)
-    found = replace(found, files=_checked_files(root))
+    found = replace(found, files=_checked_files(root), spectra=spectra_of(planned.binding))
     if not is_released:
         found.write(root)
     return found

@@ -35,6 +35,8 @@ class Evidence:
     latency: LatencyReport | NotApplicable
     files: Mapping[str, str] = field(default_factory=dict)
     """What was checked: sha256 by path of the recorded weights and graphs, as they were found."""
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Singular values of low-rank updates, by tensor, from the largest."""
 
     @property
     def checks(self) -> dict[Check, ReplayReport | ParityReport | LatencyReport | NotApplicable]:

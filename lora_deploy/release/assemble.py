@@ -39,6 +39,7 @@ from lora_deploy.release.manifest import (
     read_manifest,
 )
 from lora_deploy.release.options import ReleaseOptions
+from lora_deploy.release.report import REPORT_NAME, report_html
 from lora_deploy.safetensors_file import write_file
 
 _FICLONE = 0x40049409
@@ -134,7 +135,10 @@ def _write(parts: _Parts, folder: Path, name: str, options: ReleaseOptions, prog
     evidence = [_placed(parts.merged, RECORD_NAME, folder, RECORD_NAME)]
     if (parts.merged / EVIDENCE_NAME).is_file():
         evidence.append(_placed(parts.merged, EVIDENCE_NAME, folder, EVIDENCE_NAME))
-    evidence.append(_written(folder, CARD_NAME, card_text(_card_facts(parts, name, options))))
+    facts = _card_facts(parts, name, options)
+    evidence.append(_written(folder, CARD_NAME, card_text(facts)))
+    sizes = [(file.path, file.n_bytes) for file in content.files]
+    evidence.append(_written(folder, REPORT_NAME, report_html(facts, sizes)))
     manifest = Manifest(
         schema=SCHEMA,
         name=name,
