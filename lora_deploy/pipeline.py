@@ -72,6 +72,7 @@ from lora_deploy.release.assemble import Release, assemble, default_graphs
 from lora_deploy.release.manifest import MANIFEST_NAME, Manifest
 from lora_deploy.release.manifest import check as check_release
 from lora_deploy.release.options import ReleaseOptions
+from lora_deploy.release.sign import check_signature
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
 
@@ -299,6 +300,7 @@ def verify(  # noqa: PLR0913 - an option type a stage
     bind_options: BindOptions | None = None,
     merge_options: MergeOptions | None = None,
     dequantize: bool = False,
+    public_key: Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
     """Check a merged checkpoint: weights, outputs, latency; without a folder, the current one if it holds our record.
@@ -318,6 +320,8 @@ def verify(  # noqa: PLR0913 - an option type a stage
     is_released = (root / MANIFEST_NAME).is_file()
     if is_released:
         check_release(root, progress)
+    if public_key is not None:
+        check_signature(root, public_key)
     planned, is_ours = _plan_of_folder(
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )

@@ -100,6 +100,6 @@ def pull(screen: Screen, /, target: str, folder: Path, token: str | None) -> Non
 
     manifest = pipeline.pull(target, folder, options=PushOptions(token=token), progress=screen.progress())
     n_bytes = sum(file.n_bytes for file in manifest.files)
-    screen.publish({"folder": folder, "content_digest": manifest.content_digest, "manifest": manifest})
+    screen.publish({"folder": folder, "content_digest": manifest.content.digest, "manifest": manifest})
     screen.line(f"pulled {manifest.name} to {folder}")
     screen.fields([("files", f"{len(manifest.files)}, {format_size(n_bytes)}, every digest as in the manifest")])

@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     help="Your own text for the model card: Markdown with Jinja expressions.",
 )
 @click.option(
+    "--sign-key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Private elliptic key (PEM) to sign with: OpenSSF model signing, offline, into model.sig.",
+)
+@click.option(
     "--accept",
     "accepted",
     multiple=True,
@@ -98,7 +104,7 @@ def _show(screen: Screen, made: Release) -> None:
         {
             "output": made.root,
             "was_done": made.was_done,
-            "content_digest": manifest.content_digest,
+            "content_digest": manifest.content.digest,
             "manifest": manifest,
         }
     )
@@ -110,7 +116,7 @@ def _show(screen: Screen, made: Release) -> None:
             ("files", f"{len(manifest.files)}, {format_size(n_bytes)}"),
             ("evidence", ", ".join(f"{check} {verdict}" for check, verdict in manifest.evidence.verdicts.items())),
             *(("accepted", f"{entry.code}: {entry.because}") for entry in manifest.accepted),
-            ("content", manifest.content_digest),
+            ("content", manifest.content.digest),
         ]
     )
     screen.findings(

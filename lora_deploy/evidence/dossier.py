@@ -56,7 +56,13 @@ class Evidence:
         """The whole of ``evidence.json``; infinities and NaN are null."""
         reports = {check.value: report.to_json() for check, report in self.checks.items()}
         document: dict[str, Any] = _plain(
-            {"schema": SCHEMA, "verdict": self.verdict.value, "files": dict(self.files), **reports}
+            {
+                "schema": SCHEMA,
+                "verdict": self.verdict.value,
+                "files": dict(self.files),
+                "spectra": dict(self.spectra),
+                **reports,
+            }
         )
         return document
 

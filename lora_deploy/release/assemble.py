@@ -35,11 +35,14 @@ from lora_deploy.release.manifest import (
     Manifest,
     ReleasedAdapter,
     ReleasedBase,
+    canonical_json,
     check_listing,
     read_manifest,
 )
 from lora_deploy.release.options import ReleaseOptions
+from lora_deploy.release.provenance import BOM_NAME, PROVENANCE_NAME, bill_of_materials, provenance
 from lora_deploy.release.report import REPORT_NAME, report_html
+from lora_deploy.release.sign import sign
 from lora_deploy.safetensors_file import write_file
 
 _FICLONE = 0x40049409
@@ -137,6 +140,9 @@ def _write(parts: _Parts, folder: Path, name: str, options: ReleaseOptions, prog
         evidence.append(_placed(parts.merged, EVIDENCE_NAME, folder, EVIDENCE_NAME))
     facts = _card_facts(parts, name, options)
     evidence.append(_written(folder, CARD_NAME, card_text(facts)))
+    bom = bill_of_materials(name, content, content.digest, parts.licence.card.get("license"))
+    evidence.append(_written(folder, PROVENANCE_NAME, canonical_json(provenance(content))))
+    evidence.append(_written(folder, BOM_NAME, canonical_json(bom)))
     sizes = [(file.path, file.n_bytes) for file in content.files]
     evidence.append(_written(folder, REPORT_NAME, report_html(facts, sizes)))
     manifest = Manifest(
@@ -147,7 +153,9 @@ def _write(parts: _Parts, folder: Path, name: str, options: ReleaseOptions, prog
         accepted=parts.passage.accepted,
         findings=parts.findings,
     )
-    _written(folder, MANIFEST_NAME, manifest.text())
+    own = _written(folder, MANIFEST_NAME, manifest.text())
+    if options.sign_key is not None:
+        sign(folder, {file.path: file.sha256 for file in (*manifest.files, own)}, options.sign_key)
     return manifest
 
 

@@ -73,6 +73,11 @@ class Content(_Frozen):
     versions: dict[str, str]
     """Of what made weights and graphs."""
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of this in canonical JSON: what two releases of the same inputs share."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()
+
 
 class EvidencePart(_Frozen):
     """What was measured and written about it."""
@@ -96,11 +101,6 @@ class Manifest(_Frozen):
     def files(self) -> tuple[RecordedFile, ...]:
         """Every file but the manifest and the signature."""
         return tuple(sorted((*self.content.files, *self.evidence.files), key=lambda file: file.path))
-
-    @property
-    def content_digest(self) -> str:
-        """The sha256 of ``content`` in canonical JSON: what two releases of the same inputs share."""
-        return hashlib.sha256(canonical_json(self.content.model_dump(mode="json")).encode()).hexdigest()
 
     def text(self) -> str:
         """The file's content."""

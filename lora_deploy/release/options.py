@@ -23,6 +23,8 @@ class ReleaseOptions:
     """Licence to state in place of the base's."""
     card_template: Path | None = None
     """Jinja template of text for the card."""
+    sign_key: Path | None = None
+    """Private elliptic key, in PEM, to sign with."""
     accepted: tuple[Acceptance, ...] = ()
     """Evidence that may be missing or unclear, and why."""
     fresh: bool = False

@@ -38,12 +38,16 @@ def heatmap(tensors: Mapping[str, RecordedTensor], figure_of: str, title: str) -
     modules = sorted({module for module, _ in cells})
     layers = range(max(layer for _, layer in cells) + 1)
     rows = [[cells.get((module, layer), float("nan")) for layer in layers] for module in modules]
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
     figure, axes = _figure(0.8 + 0.34 * len(modules))
-    mesh = axes.pcolormesh(rows, cmap="viridis", edgecolors="none")
+    edges = [layer - 0.5 for layer in range(len(layers) + 1)]
+    mesh = axes.pcolormesh(edges, range(len(modules) + 1), rows, cmap="viridis", edgecolors="none")
     axes.set_yticks([k + 0.5 for k in range(len(modules))], labels=[_short(module) for module in modules])
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, format=ScalarFormatter(useOffset=False))
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=_INK, labelsize=8)
     return _svg(figure, title)

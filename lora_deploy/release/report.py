@@ -61,7 +61,7 @@ def _names(facts: CardFacts, sizes: Sequence[tuple[str, int]]) -> dict[str, Any]
         "subjects": (evidence.get("parity") or {}).get("subjects") or [],
         "ratios": (evidence.get("latency") or {}).get("ratios") or {},
         "costs": (evidence.get("latency") or {}).get("costs") or {},
-        "sizes": [(path, n_bytes / 1e6) for path, n_bytes in sizes],
+        "sizes": [(path, _size(n_bytes)) for path, n_bytes in sizes],
         "versions": facts.record.versions,
     }
 
@@ -104,6 +104,14 @@ def _plots(facts: CardFacts) -> list[Plot | None]:
 
 def _plot(title: str, svg: str | None, said: str) -> Plot | None:
     return Plot(title=title, svg=svg, said=said) if svg is not None else None
+
+
+def _size(n_bytes: int) -> str:
+    """In decimal units, as everywhere."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.3g} {unit}"
+    return f"{n_bytes} bytes"
 
 
 def _number(value: object) -> str:

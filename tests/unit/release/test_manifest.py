@@ -28,9 +28,9 @@ def test_text_and_reading_are_inverse(root: Path) -> None:
 
 def test_evidence_is_no_part_of_the_content_digest(root: Path, tmp_path: Path) -> None:
     other = make_release(tmp_path / "other", {**FILES, "README.md": b"another card"})
-    assert read_manifest(other).content_digest == read_manifest(root).content_digest
+    assert read_manifest(other).content.digest == read_manifest(root).content.digest
     third = make_release(tmp_path / "third", {**FILES, "config.json": b"{}"})
-    assert read_manifest(third).content_digest != read_manifest(root).content_digest
+    assert read_manifest(third).content.digest != read_manifest(root).content.digest
 
 
 def test_what_hubs_leave_behind_is_ignored(root: Path) -> None:
