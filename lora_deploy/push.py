@@ -6,17 +6,16 @@ the digest of every file, and they are the release's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_deploy.artifact import Artifact, remember_sha256
+from lora_deploy.artifact import Artifact, remember_sha256, sha256_of
 from lora_deploy.errors import DigestMismatchError, OutputExistsError, ReleaseError
 from lora_deploy.hubs.huggingface import git_sha1
 from lora_deploy.hubs.interface import Hub, Preview
 from lora_deploy.hubs.open import open_hub
 from lora_deploy.hubs.options import PushOptions
-from lora_deploy.merge.output import WORK_FOLDER, locked, publish, remove, tidy
+from lora_deploy.merge.output import abandon, locked, publish, remove, tidy
 from lora_deploy.merge.progress import Progress, reporting
 from lora_deploy.release.manifest import (
     MANIFEST_NAME,
@@ -25,6 +24,7 @@ from lora_deploy.release.manifest import (
     artifacts_of,
     check_listing,
     read_manifest,
+    walk,
 )
 from lora_deploy.safetensors_file import write_file
 
@@ -54,7 +54,8 @@ def preview(root: Path, target: str, options: PushOptions) -> Preview:
     """
     manifest = read_manifest(root)
     check_listing(root, manifest)
-    return open_hub(target, options).preview(root, artifacts_of(root, manifest))
+    with open_hub(target, options) as hub:
+        return hub.preview(root, artifacts_of(root, manifest))
 
 
 def push(root: Path, target: str, options: PushOptions, progress: Progress | None = None) -> Receipt:
@@ -67,9 +68,9 @@ def push(root: Path, target: str, options: PushOptions, progress: Progress | Non
     manifest = read_manifest(root)
     check_listing(root, manifest)
     files = artifacts_of(root, manifest)
-    hub = open_hub(target, options)
-    published = hub.publish(root, files, f"Release {manifest.name} with lora-deploy", progress)
-    digests = dict(hub.read_back(root, files, published))
+    with open_hub(target, options) as hub:
+        published = hub.publish(root, files, f"Release {manifest.name} with lora-deploy", progress)
+        digests = dict(hub.read_back(root, files, published))
     for file in files:
         _require_same(root, file, digests[str(file.path)], published.url)
     return Receipt(
@@ -100,25 +101,25 @@ def pull(target: str, out: Path, options: PushOptions, progress: Progress | None
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out}: is in the way", hint="choose another folder")
-    hub = open_hub(target, options)
-    listing = hub.listing()
-    if MANIFEST_NAME not in listing:
-        raise ReleaseError(f"{hub.url}: holds no {MANIFEST_NAME}: it is no release", code="no-release")
-    if listing[MANIFEST_NAME] > _MAX_MANIFEST_BYTES:
-        raise ReleaseError(f"{hub.url}: its manifest has {listing[MANIFEST_NAME]} bytes", code="no-release")
-    with locked(out) as partial:
-        for path in partial.iterdir():
-            if path.name != WORK_FOLDER:
-                remove(path)
-        manifest = _fetch(hub, listing, partial, progress)
-        publish(partial, out)
+    with open_hub(target, options) as hub, locked(out) as partial:
+        try:
+            manifest = _fetch(hub, partial, progress)
+            publish(partial, out)
+        finally:
+            if partial.exists():
+                abandon(partial)
     for file in manifest.files:
         remember_sha256(out / file.path, file.sha256)
     tidy(out)
     return manifest
 
 
-def _fetch(hub: Hub, listing: Mapping[str, int], folder: Path, progress: Progress | None) -> Manifest:
+def _fetch(hub: Hub, folder: Path, progress: Progress | None) -> Manifest:
+    listing = hub.listing()
+    if MANIFEST_NAME not in listing:
+        raise ReleaseError(f"{hub.url}: holds no {MANIFEST_NAME}: it is no release", code="no-release")
+    if listing[MANIFEST_NAME] > _MAX_MANIFEST_BYTES:
+        raise ReleaseError(f"{hub.url}: its manifest has {listing[MANIFEST_NAME]} bytes", code="no-release")
     _save(hub, MANIFEST_NAME, folder)
     manifest = read_manifest(folder)
     missing = [file.path for file in manifest.files if file.path not in listing]
@@ -126,11 +127,19 @@ def _fetch(hub: Hub, listing: Mapping[str, int], folder: Path, progress: Progres
         raise ReleaseError(f"{hub.url}: lacks {missing[0]}, which its manifest names", code="missing-file")
     if SIGNATURE_NAME in listing:
         _save(hub, SIGNATURE_NAME, folder)
+    wanted = {file.path for file in manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
+    for name, _ in list(walk(folder)):
+        if name not in wanted:
+            remove(folder / name)
     with reporting(progress, "fetching", sum(file.n_bytes for file in manifest.files)) as advance:
         for file in manifest.files:
-            found = _save(hub, file.path, folder)
-            if found.sha256 != file.sha256:
-                raise DigestMismatchError(f"{hub.url}/{file.path}: found sha256 {found.sha256}, expected {file.sha256}")
+            path = folder / file.path
+            if not (path.is_file() and sha256_of(path) == file.sha256):  # else it is of a pull that broke off
+                found = _save(hub, file.path, folder)
+                if found.sha256 != file.sha256:
+                    path.unlink()
+                    what = f"{hub.url}/{file.path}"
+                    raise DigestMismatchError(f"{what}: found sha256 {found.sha256}, expected {file.sha256}")
             advance(file.n_bytes)
     return manifest
 

@@ -12,7 +12,6 @@ from lora_deploy.cli.options import chosen, output_options
 from lora_deploy.cli.screen import Screen
 from lora_deploy.hubs.options import PushOptions
 
-_TARGETS = "owner/name[@rev], hf://owner/name[@rev], ./folder, /folder or file:///folder"
 _token_option = click.option(
     "--token",
     metavar="TOKEN",
@@ -49,8 +48,9 @@ def push(
 ) -> None:
     """Publish the release in RELEASE, by default the current folder, to TARGET.
 
-    TARGET is owner/name[@rev] or hf://owner/name[@rev] on a Hugging Face compatible hub (HF_ENDPOINT, HF_TOKEN), or a
-    folder: ./folder, /folder, file:///folder. Exactly what the manifest names is sent, in one commit or one rename;
+    TARGET is owner/name[@rev] or hf://owner/name[@rev] on a Hugging Face compatible hub (HF_ENDPOINT, HF_TOKEN),
+    oci://host/ns/name:tag in a container registry (docker's login, or --token user:password), or a folder: ./folder,
+    /folder, file:///folder. Exactly what the manifest names is sent, in one commit or one rename;
     then the target's own digests are compared with the manifest. A push that broke off resumes: what the target has is
     not sent again.
 

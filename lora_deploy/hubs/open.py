@@ -1,12 +1,15 @@
 """TARGET as people write it, to a hub.
 
-``hf://owner/name[@rev]`` or ``owner/name[@rev]``; ``file:///path``, ``/path``, ``./path``.
+``hf://owner/name[@rev]`` or ``owner/name[@rev]``; ``oci://host/ns/name:tag``; ``file:///path``, ``/path``, ``./path``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from lora_deploy.errors import RecipeError
@@ -15,11 +18,32 @@ from lora_deploy.hubs.interface import Hub
 from lora_deploy.hubs.options import PushOptions
 
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?$")
-_KNOWN = "owner/name[@rev], hf://owner/name[@rev], ./folder, /folder or file:///folder"
+_KNOWN = "owner/name[@rev], hf://owner/name[@rev], oci://host/ns/name:tag, ./folder, /folder or file:///folder"
 
 
-def open_hub(target: str, options: PushOptions) -> Hub:
-    """Give the hub that a target names; nothing is asked yet.
+@contextmanager
+def open_hub(target: str, options: PushOptions) -> Iterator[Hub]:
+    """Give the hub that a target names, until the block ends; nothing is asked yet.
+
+    Raises:
+        RecipeError: The target has no known form, or two.
+    """
+    hub = _hub_of(target, options)
+    with closing(hub) if isinstance(hub, _Closable) else nullcontext():
+        yield hub
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    """A hub that holds connections."""
+
+    def close(self) -> None:
+        """End them."""
+        ...
+
+
+def _hub_of(target: str, options: PushOptions) -> Hub:
+    """Tell hubs apart by their form.
 
     Raises:
         RecipeError: The target has no known form, or two.
@@ -30,6 +54,10 @@ def open_hub(target: str, options: PushOptions) -> Hub:
         if parts.netloc not in {"", "localhost"}:
             raise RecipeError(f"{target}: names another host", hint="file:///path")
         return Folder(Path(unquote(parts.path)), options)
+    if scheme == "oci":
+        from lora_deploy.hubs.oci import Registry
+
+        return Registry(rest, options)
     if scheme in {"", "hf"}:
         if not scheme and (target.startswith(("/", "./", "../", "~")) or target in {".", ".."}):
             return Folder(Path(target).expanduser(), options)

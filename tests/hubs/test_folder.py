@@ -75,15 +75,18 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["name", "a/b/c", "ftp://host/x", "file://host/x", "hf://name", "owner/name@"])
 def test_a_target_of_no_known_form(target: str) -> None:
-    with pytest.raises(RecipeError):
-        open_hub(target, OPTIONS)
+    with pytest.raises(RecipeError), open_hub(target, OPTIONS):
+        pass
 
 
 def test_a_target_of_two_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    with pytest.raises(RecipeError, match="is a folder here and the form of a repository"):
-        open_hub("owner/name", OPTIONS)
+    with (
+        pytest.raises(RecipeError, match="is a folder here and the form of a repository"),
+        open_hub("owner/name", OPTIONS),
+    ):
+        pass
 
 
 def push_and_die(release: Path, target: Path, moment: int) -> bool:
