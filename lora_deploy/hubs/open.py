@@ -1,6 +1,7 @@
 """TARGET as people write it, to a hub.
 
-``hf://owner/name[@rev]`` or ``owner/name[@rev]``; ``oci://host/ns/name:tag``; ``file:///path``, ``/path``, ``./path``.
+``hf://owner/name[@rev]`` or ``owner/name[@rev]``; ``oci://host/ns/name:tag``; ``s3://bucket/prefix``, ``gs://``, ``az://``;
+``file:///path``, ``/path``, ``./path``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from urllib.parse import unquote, urlsplit
 from lora_deploy.errors import RecipeError
 from lora_deploy.hubs.folder import Folder
 from lora_deploy.hubs.interface import Hub
+from lora_deploy.hubs.objects import PACKAGES, ObjectStore
 from lora_deploy.hubs.options import PushOptions
 
 _ID = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?$")
-_KNOWN = "owner/name[@rev], hf://owner/name[@rev], oci://host/ns/name:tag, ./folder, /folder or file:///folder"
+_KNOWN = (
+    "owner/name[@rev], hf://owner/name[@rev], oci://host/ns/name:tag, s3://bucket/prefix, "
+    "gs://bucket/prefix, az://container/prefix, ./folder, /folder or file:///folder"
+)
 
 
 @contextmanager
@@ -58,6 +63,8 @@ def _hub_of(target: str, options: PushOptions) -> Hub:
         from lora_deploy.hubs.oci import Registry
 
         return Registry(rest, options)
+    if scheme in PACKAGES:
+        return ObjectStore(target, options)
     if scheme in {"", "hf"}:
         if not scheme and (target.startswith(("/", "./", "../", "~")) or target in {".", ".."}):
             return Folder(Path(target).expanduser(), options)
