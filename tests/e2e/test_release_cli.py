@@ -39,7 +39,7 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged folder whose evidence says pass."""
     folder = tmp_path_factory.mktemp("release")
     trained = train(
-        llama(hidden_size=32, intermediate_size=48), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), folder
+        llama(hidden_size=64, intermediate_size=48), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), folder
     )
     (trained.base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (trained.base / "LICENSE").write_text("the licence\n")
