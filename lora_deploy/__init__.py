@@ -16,7 +16,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["__version__", "export", "merge", "validate", "verify"]
+__all__ = ["__version__", "export", "merge", "pull", "push", "release", "validate", "verify"]
 
 __version__: str
 
@@ -44,6 +44,9 @@ class _Package(ModuleType):
 
     export = _verb("export")
     merge = _verb("merge")
+    pull = _verb("pull")
+    push = _verb("push")
+    release = _verb("release")
     validate = _verb("validate")
     verify = _verb("verify")
 

@@ -16,9 +16,9 @@
     ├─ EvidenceError                      7
     │   └─ ReplayError · ParityError · LatencyError
     ├─ ReleaseError                       8
-    │   └─ DigestMismatchError
+    │   └─ DigestMismatchError · SignatureError
     ├─ PushError                          9
-    │   └─ HubUnavailableError
+    │   └─ NotAuthorisedError · RevisionConflictError · RateLimitedError · HubUnavailableError
     └─ InconclusiveError                 10   could not be checked
 
 Promise: errors survive pickling with all their fields, and ``code`` is stable for machines.
@@ -197,6 +197,10 @@ class ReleaseError(LoraDeployError):
     exit_code = 8
 
 
+class SignatureError(ReleaseError):
+    """A signature is missing, or is not of these files by this key."""
+
+
 class DigestMismatchError(ReleaseError):
     """A file's bytes are not the recorded ones."""
 
@@ -205,6 +209,18 @@ class PushError(LoraDeployError):
     """A hub did not take, or did not give, what was asked."""
 
     exit_code = 9
+
+
+class NotAuthorisedError(PushError):
+    """The hub does not know the token, or the token may not do this."""
+
+
+class RevisionConflictError(PushError):
+    """Somebody else wrote meanwhile, or a tag or folder holds another release."""
+
+
+class RateLimitedError(PushError):
+    """The hub wants fewer requests, and did not get over it."""
 
 
 class HubUnavailableError(PushError):

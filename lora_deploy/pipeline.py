@@ -7,6 +7,8 @@
     export    merged folder, or adapters, base ─▶ Exported
     verify    merged folder ─▶ Evidence                   require_pass turns its verdict into an exception
     bench     exported folders ─▶ LatencyReport
+    release   merged folder, graphs, evidence ─▶ Release
+    push      release, target ─▶ Receipt                  pull fetches one back
 
 ADAPTER is a folder, a file or a hub id; BASE a folder, a file or a hub id; a local path wins over a hub id of the same
 name. Promise: no stage is skipped, none is run twice, and what a stage found is returned even where it is bad news.
@@ -15,6 +17,7 @@ name. Promise: no stage is skipped, none is run twice, and what a stage found is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os import fspath
 from pathlib import Path
@@ -22,6 +25,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from lora_deploy.adapters.interface import ReadOptions
+from lora_deploy.artifact import cached_sha256
 from lora_deploy.bases import open_base
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef, open_checkpoint
 from lora_deploy.companions import companion_files
@@ -39,6 +43,7 @@ from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.existing import gather_existing
 from lora_deploy.evidence.gather import gather
 from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.spectra import spectra_of
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.adapter_file import SUFFIX as ADAPTER_SUFFIX
 from lora_deploy.export.adding import add_adapters, multi_lora_of
@@ -57,6 +62,8 @@ from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
 from lora_deploy.export.record import read_record as read_export_record
 from lora_deploy.export.sources import PlanSource, WeightSource
 from lora_deploy.export.switchable import open_switchable
+from lora_deploy.hubs.interface import Preview
+from lora_deploy.hubs.options import PushOptions
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.budget import estimate, require_disk
 from lora_deploy.merge.compose import versions
@@ -75,7 +82,15 @@ from lora_deploy.merge.record import (
     read_record,
 )
 from lora_deploy.pipeline_layout import SEPARATOR
+from lora_deploy.push import Receipt, preview
+from lora_deploy.push import pull as fetch_release
+from lora_deploy.push import push as publish_release
 from lora_deploy.references import Reference, References, named_base, named_reference, read_named, several
+from lora_deploy.release.assemble import Release, assemble, default_graphs
+from lora_deploy.release.manifest import MANIFEST_NAME, Manifest
+from lora_deploy.release.manifest import check as check_release
+from lora_deploy.release.options import ReleaseOptions
+from lora_deploy.release.sign import check_signature
 from lora_deploy.updates.interface import Update
 from lora_deploy.validate import Binding, BindOptions, bind
 
@@ -88,6 +103,7 @@ __all__ = [
     "check_graph_fit",
     "default_export",
     "default_output",
+    "default_release",
     "estimate",
     "execute",
     "execute_export",
@@ -101,6 +117,10 @@ __all__ = [
     "plan",
     "plan_of_export",
     "plan_of_multi_lora",
+    "preview_push",
+    "pull",
+    "push",
+    "release",
     "require_disk",
     "require_pass",
     "validate",
@@ -418,21 +438,29 @@ def verify(  # noqa: PLR0913 - an option type a stage
     bind_options: BindOptions | None = None,
     merge_options: MergeOptions | None = None,
     dequantize: bool = False,
+    public_key: Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
     """Check a merged checkpoint, or an export straight from adapter and base: weights, outputs, latency.
 
     Without a folder it is the current one, if it holds our record. Where a folder holds our record, that says what was
     merged and how, and every byte must match; ``adapters`` and ``base`` then only say where the inputs lie now, and
-    ``evidence.json`` is written beside the record. Any other folder needs ``adapters``. Of ``merge_options`` only
-    memory, device and workers matter.
+    ``evidence.json`` is written beside the record; a release is compared with its manifest first, and keeps the
+    evidence that it was released with. Any other folder needs ``adapters``. Of ``merge_options`` only memory, device
+    and workers matter.
 
     Raises:
         RecipeError: Nothing says what was merged, or an option contradicts the record.
         InputError: An input is not the recorded one.
+        ReleaseError: A release is not what its manifest says.
         LoraDeployError: As ``validate``.
     """
     root = merged_folder(folder, EXPORT_RECORD)
+    is_released = (root / MANIFEST_NAME).is_file()
+    if is_released:
+        check_release(root, progress)
+    if public_key is not None:
+        check_signature(root, public_key)
     planned, is_ours, is_direct = _plan_of_folder(
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
@@ -441,8 +469,94 @@ def verify(  # noqa: PLR0913 - an option type a stage
         found = gather_existing(planned, root, chosen, is_ours=is_ours, progress=progress)
     else:
         found = gather(planned, root, chosen, is_ours=is_ours, is_direct=is_direct, progress=progress)
-    found.write(root)
+    found = replace(found, files=_checked_files(root), spectra=spectra_of(planned.binding))
+    if not is_released:
+        found.write(root)
     return found
+
+
+def _checked_files(root: Path) -> dict[str, str]:
+    """Digest what the records of a folder name: weights, and graphs in folders inside; what is gone is left out."""
+    names = [file.path for file in read_record(root).artifacts] if (root / RECORD_NAME).is_file() else []
+    for record in (root / EXPORT_RECORD, *sorted(root.glob(f"*/{EXPORT_RECORD}"))):
+        with suppress(InputError):  # another exporter's
+            place = record.parent.relative_to(root)
+            names += [(place / file.path).as_posix() for file in read_export_record(record.parent).artifacts]
+    return {name: cached_sha256(root / name) for name in names if (root / name).is_file()}
+
+
+def release(
+    folder: Reference | None = None,
+    *,
+    output: Reference | None = None,
+    graphs: Sequence[Reference] = (),
+    options: ReleaseOptions | None = None,
+    progress: Progress | None = None,
+) -> Release:
+    """Put a merged folder, its graphs and its evidence together as a release; without a folder, the current one.
+
+    ``graphs`` defaults to the exports inside the folder, ``output`` to ``<folder>-release``.
+
+    Raises:
+        ReleaseError: A check failed, a file is not the recorded one, or the licence is unclear.
+        InconclusiveError: A check is missing or cannot tell, and nobody accepted that.
+        OutputExistsError: Something else is at the output.
+    """
+    root = merged_folder(folder)
+    chosen = tuple(Path(graph) for graph in graphs) or default_graphs(root)
+    out = Path(output) if output is not None else default_release(root)
+    return assemble(root, out, options or ReleaseOptions(), graphs=chosen, progress=progress)
+
+
+def default_release(merged: Path) -> Path:
+    """Name the folder that a release goes to when nobody says: beside the merged one."""
+    root = merged.resolve()
+    return root.with_name(f"{root.name.removesuffix('-merged')}-release")
+
+
+def push(
+    folder: Reference | None,
+    target: str,
+    *,
+    options: PushOptions | None = None,
+    progress: Progress | None = None,
+) -> Receipt:
+    """Publish the release in a folder, all or nothing; without a folder, the current one.
+
+    Raises:
+        ReleaseError: The folder is not what its manifest says.
+        PushError: The target did not take it, and is as it was.
+    """
+    return publish_release(_release_folder(folder), target, options or PushOptions(), progress)
+
+
+def preview_push(folder: Reference | None, target: str, *, options: PushOptions | None = None) -> Preview:
+    """Say what a push would send; nothing is changed anywhere.
+
+    Raises:
+        LoraDeployError: As ``push``.
+    """
+    return preview(_release_folder(folder), target, options or PushOptions())
+
+
+def pull(
+    target: str, folder: Reference, *, options: PushOptions | None = None, progress: Progress | None = None
+) -> Manifest:
+    """Fetch a release from a target into a folder that does not exist, checking every digest.
+
+    Raises:
+        ReleaseError: What is there is not what its manifest says.
+        PushError: The target does not give it.
+        OutputExistsError: Something is in the way.
+    """
+    return fetch_release(target, Path(folder), options or PushOptions(), progress)
+
+
+def _release_folder(folder: Reference | None) -> Path:
+    root = Path(folder) if folder is not None else Path()
+    if folder is None and not (root / MANIFEST_NAME).is_file():
+        raise RecipeError(f"the current folder holds no {MANIFEST_NAME}", hint="name the release")
+    return root
 
 
 def _plan_of_folder(

@@ -19,6 +19,8 @@ from lora_deploy.cli.bench import bench
 from lora_deploy.cli.export import export
 from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
+from lora_deploy.cli.push import pull, push
+from lora_deploy.cli.release import release
 from lora_deploy.cli.screen import Screen
 from lora_deploy.cli.try_prompt import try_prompt
 from lora_deploy.cli.validate import validate
@@ -65,8 +67,8 @@ class CommandLine(click.Group):
     cls=CommandLine,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Sizes are decimal (5GB), GiB is accepted. Exit status: 0 done, 2 usage, 3 unusable input, 4 adapter and "
-    "base do not fit, 5 merge failed, 6 export failed, 7 verification failed, 10 could not be verified, 70 a bug, "
-    "130 interrupted.",
+    "base do not fit, 5 merge failed, 6 export failed, 7 verification failed, 8 release failed, 9 push failed, "
+    "10 could not be verified, 70 a bug, 130 interrupted.",
 )
 @click.version_option(package_name="lora-deploy", prog_name="lora-deploy")
 def main() -> None:
@@ -80,6 +82,8 @@ def main() -> None:
       lora-deploy export   7-merged --onnx            graphs for onnxruntime, in 7-merged/onnx
       lora-deploy verify   7-merged                   its bytes, its answers and its speed, proven
       lora-deploy bench    7-merged                   how fast its graphs are
+      lora-deploy release  7-merged                   with card and manifest, in 7-release
+      lora-deploy push     7-release owner/name       all of it or nothing, read back
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
@@ -97,5 +101,5 @@ def run() -> None:
     os._exit(status)
 
 
-for _command in (inspect, validate, merge, export, verify, bench, try_prompt):
+for _command in (inspect, validate, merge, export, verify, bench, try_prompt, release, push, pull):
     main.add_command(_command)

@@ -52,6 +52,12 @@ _CHECKS = click.Choice([check.value for check in Check])
     is_flag=True,
     help="Compare outputs layer by layer, with the memory of one; done anyway where the whole model does not fit.",
 )
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Check the signature of a release against this elliptic key (PEM) first.",
+)
 @provider_option
 @latency_options
 @bind_options
@@ -65,6 +71,7 @@ def verify(
     folder: Path | None,
     adapters: tuple[str, ...],
     base: str | None,
+    public_key: Path | None,
     dequantize: bool,
     **choices: Any,  # noqa: ANN401 - options by name
 ) -> None:
@@ -101,6 +108,7 @@ def verify(
         bind_options=unless_default(chosen(BindOptions, choices)),
         merge_options=chosen(MergeOptions, choices),
         dequantize=dequantize,
+        public_key=public_key,
         progress=screen.progress(),
     )
     folder = folder or Path()

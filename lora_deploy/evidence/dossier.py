@@ -36,6 +36,10 @@ class Evidence:
     latency: LatencyReport | NotApplicable
     quantised_latency: Mapping[str, LatencyReport] = field(default_factory=dict)
     """Of quantised exports, by folder: merged beside base, both quantised."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What was checked: sha256 by path of the recorded weights and graphs, as they were found."""
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Singular values of low-rank updates, by tensor, from the largest."""
 
     @property
     def reports(self) -> tuple[tuple[Check, ReplayReport | ParityReport | LatencyReport], ...]:
@@ -63,7 +67,15 @@ class Evidence:
         quantised = {name: report.to_json() for name, report in self.quantised_latency.items()}
         if quantised:
             reports["quantised_latency"] = quantised
-        document: dict[str, Any] = _plain({"schema": SCHEMA, "verdict": self.verdict.value, **reports})
+        document: dict[str, Any] = _plain(
+            {
+                "schema": SCHEMA,
+                "verdict": self.verdict.value,
+                "files": dict(self.files),
+                "spectra": dict(self.spectra),
+                **reports,
+            }
+        )
         return document
 
     def write(self, folder: Path) -> Path | None:

@@ -161,6 +161,7 @@ def publish(partial: Path, out: Path) -> None:
         sync_folder(folder)
     sync_folder(partial)
     if out.is_dir() and any(out.iterdir()):
+        tidy(out)  # a process that was killed may have left there what ``out`` itself had replaced
         out.rename(_aside(out))
     partial.rename(out)
     sync_folder(out.parent)

@@ -1,0 +1,1 @@
+"""Where releases go: one file a kind of hub, each behind the protocol in ``interface``."""

@@ -1,0 +1,31 @@
+"""What the user may choose about a release. No tensor library is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Evidence that is missing or cannot tell, and that a person took upon themselves."""
+
+    code: str
+    """Such as ``parity-inconclusive``."""
+    because: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseOptions:
+    """How a release is made."""
+
+    license: str | None = None
+    """Licence to state in place of the base's."""
+    card_template: Path | None = None
+    """Jinja template of text for the card."""
+    sign_key: Path | None = None
+    """Private elliptic key, in PEM, to sign with."""
+    accepted: tuple[Acceptance, ...] = ()
+    """Evidence that may be missing or unclear, and why."""
+    fresh: bool = False
+    """Replace another release at the output."""
