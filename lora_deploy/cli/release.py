@@ -84,7 +84,7 @@ def release(
     \b
     Examples:
       lora-deploy release 7-merged
-      lora-deploy release 7-merged --accept latency-missing --because "served by vLLM only"
+      lora-deploy release 7-merged --accept latency-missing --because "no graphs"
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
 

@@ -33,7 +33,7 @@ def document(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_plan, "_maker", lambda _: HandMaker())
+    monkeypatch.setattr(export_plan, "_maker", lambda *_, **__: HandMaker())
 
 
 @pytest.fixture

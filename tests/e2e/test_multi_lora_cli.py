@@ -43,7 +43,7 @@ def adapter(folder: Path, rank: int, *modules: str, **config: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def _by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_plan, "_maker", lambda _: HandMaker())
+    monkeypatch.setattr(export_plan, "_maker", lambda *_, **__: HandMaker())
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "lora_deploy"
-    expected = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in {".py", ".typed"}}
+    expected = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in {".py", ".typed", ".jinja"}}
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected
@@ -77,7 +77,7 @@ def test_the_wheel_carries_the_license_and_the_extras(wheel: Path) -> None:
         lines = archive.read(metadata).decode().splitlines()
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"cpu", "gpu", "fast", "export", "genai", "demo", "dev"}
+    assert extras == {"cpu", "gpu", "fast", "export", "genai", "diffusers", "release", "sign", "s3", "demo", "dev"}
 
 
 def test_the_installed_package_is_the_wheels_and_not_the_checkouts(environment: Environment) -> None:

@@ -33,6 +33,7 @@ OPTIONS = {
         "--only",
         "--skip",
         "--probes",
+        "--public-key",
         "--layerwise",
         "--provider",
         "--latency-bound",
@@ -41,6 +42,28 @@ OPTIONS = {
 }
 
 
+OPTIONS["release"] = SHOWN | {
+    "--onnx",
+    "-o",
+    "--output",
+    "--license",
+    "--card-template",
+    "--sign-key",
+    "--accept",
+    "--because",
+    "--fresh",
+}
+OPTIONS["push"] = SHOWN | {
+    "--revision",
+    "--private",
+    "--create-pr",
+    "--tag",
+    "--token",
+    "--commit-message",
+    "--dry-run",
+    "--yes",
+}
+OPTIONS["pull"] = SHOWN | {"--token"}
 OPTIONS["bench"] = SHOWN | {"--against", "--provider", "--threads", "--latency-bound", "--seconds"}
 
 
