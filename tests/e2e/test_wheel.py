@@ -62,7 +62,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "lora_deploy"
-    expected = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in {".py", ".typed", ".jinja"}}
+    kinds = {".py", ".typed", ".jinja"}
+    expected = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in kinds}
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected
