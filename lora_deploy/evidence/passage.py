@@ -71,23 +71,21 @@ class Passage:
         self._current = _Known()
 
     def stops(self) -> Iterator[Stop]:
-        """Give every call of a part, in order; each must be answered for every probe before the next is asked for.
+        """Give every call of a part, in order; each must be answered for all its probes before the next is asked for.
+
+        Probes that take different ways (with an image and without) wait for each other where these meet again.
 
         Raises:
-            EvidenceError: The model does not run, or probes call its parts in different orders.
+            EvidenceError: The model does not run in parts.
         """
         while True:
             unknown = {name: self._run(name) for name in self._probes}
             found = {name: stop for name, stop in unknown.items() if isinstance(stop, _UnknownPartError)}
             if not found:
                 return
-            parts = {stop.part for stop in found.values()}
-            if len(parts) > 1 or len(found) < len(unknown):
-                raise EvidenceError(
-                    f"{type(self._model).__name__} runs its parts in an order that depends on the probe"
-                )
-            calls = {name: stop.call for name, stop in found.items()}
-            yield Stop(part=parts.pop(), calls=calls, answer=lambda name, out: self._known[name].outputs.append(out))
+            part = min((stop.part for stop in found.values()), key=self._parts.index)
+            calls = {name: stop.call for name, stop in found.items() if stop.part == part}
+            yield Stop(part=part, calls=calls, answer=lambda name, out: self._known[name].outputs.append(out))
 
     @torch.inference_mode()
     def _run(self, name: str) -> _UnknownPartError | None:

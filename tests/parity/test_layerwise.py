@@ -22,7 +22,7 @@ from lora_deploy.evidence.loading import load_model
 from lora_deploy.evidence.parity import ParityOptions, check_parity
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.passage import Passage
-from lora_deploy.evidence.probe import make_probes
+from lora_deploy.evidence.probe import Probe, make_probes
 from lora_deploy.evidence.reference import unmerged
 from lora_deploy.evidence.skeleton import Skeleton, placed
 from lora_deploy.evidence.tolerance import POWER
@@ -221,7 +221,7 @@ def test_pissa_needs_the_whole_model_and_is_inconclusive(tmp_path: Path) -> None
 def test_a_model_that_does_not_fit_into_memory_is_compared_layer_by_layer(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "needed_bytes", lambda *_: 10**15)
+    monkeypatch.setattr(parity, "needed_bytes", lambda *_, **__: 10**15)
     report = case.parity()
     assert (report.verdict, report.way) == (Verdict.PASS, "layer by layer")
     assert any("needs 1000000.0 GB" in note for note in report.notes)
@@ -233,7 +233,11 @@ def test_a_model_that_does_not_fit_into_memory_is_compared_layer_by_layer(
     assert "replay" in report.hint
 
 
-def test_adapted_layers_that_no_probe_reaches_are_inconclusive(tmp_path: Path) -> None:
+def test_adapted_layers_that_no_probe_reaches_are_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts(*args: Any, **options: Any) -> tuple[Probe, ...]:
+        return tuple(probe for probe in make_probes(*args, **options) if "pixel_values" not in probe.inputs)
+
+    monkeypatch.setattr(parity, "make_probes", texts)
     config = lora(r".*language_model.*q_proj|.*vision_tower.*q_proj")
     config.target_modules = r".*(language_model|vision_tower).*q_proj"
     report = merged_case(llava(), config, tmp_path).parity(options=BY_LAYER)

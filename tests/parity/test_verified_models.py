@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_deploy.evidence.graph_timing import TimedGraphs, Workload
 from lora_deploy.evidence.graphs import find_graphs
-from lora_deploy.evidence.latency import Proof, _proof, prove_by
+from lora_deploy.evidence.latency import Proof, proof_of, prove_by
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.parity_report import ParityReport
 from lora_deploy.evidence.verdict import Check, Verdict
@@ -121,19 +121,19 @@ def test_the_encoder_is_part_of_what_is_timed_and_of_what_is_proven(translator: 
         graphs, Workload.of({"vocab_size": 37, "is_encoder_decoder": True}, provider="cpu", n_threads=1)
     )
     assert timed.phases == ("prefill", "decode")
-    assert [session.path.name for session, _ in timed._runs["prefill"]] == ["encoder.onnx", "prefill.onnx"]
-    assert timed._runs["prefill"][0][1]["input_ids"].shape == (1, 64)
-    assert timed._runs["decode"][0][1]["decoder_input_ids"].shape == (1, 1)
+    assert [bound.path.name for bound in timed._runs["prefill"]] == ["encoder.onnx", "prefill.onnx"]
     assert all(timed.run(phase).wall > 0 for phase in timed.phases)
+    assert timed._runs["prefill"][0].outputs()[0].shape[:2] == (1, 64)
+    assert (1, 1, 37) in {output.shape for output in timed._runs["decode"][0].outputs()}
     prove = prove_by(canonical_digest, first_difference)
-    same = _proof(graphs, folder_of(translator.base_export.root), prove)
+    same = proof_of(graphs, folder_of(translator.base_export.root), prove)
     assert same.is_equal
     assert same.reason.count("canonical digest") == 3
     other = shutil.copytree(translator.base_export.root, tmp_path / "other")
     encoder = onnx.load(other / "encoder.onnx", load_external_data=False)
     next(node for node in encoder.graph.node if node.op_type == "MatMul").op_type = "Gemm"
     (other / "encoder.onnx").write_bytes(encoder.SerializeToString())
-    changed = _proof(graphs, folder_of(other), prove)
+    changed = proof_of(graphs, folder_of(other), prove)
     assert isinstance(changed, Proof)
     assert changed.is_equal is False
     assert find_graphs(other) is not None
