@@ -35,17 +35,23 @@ class TerminalProgress:
         """Show nothing until something starts."""
         self._bar: Bar | None = None
 
-    def start(self, label: str, n_bytes: int) -> None:
+    def start(self, label: str, n_bytes: int, unit: str = "") -> None:
         """Draw an empty bar."""
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-        from rich.progress import TransferSpeedColumn as Rate
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
+        of_bytes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            DownloadColumn(),
-            Rate(),
-            TimeRemainingColumn(),
+            *((MofNCompleteColumn(), TextColumn(unit, markup=False)) if unit else of_bytes),
             console=_console(),
             transient=True,
         )
@@ -71,15 +77,15 @@ class LogProgress:
         """Write at most one line every ``interval_s`` seconds between start and end."""
         self._interval_s = interval_s
         self._lock = threading.Lock()
-        self._label = ""
+        self._label = self._unit = ""
         self._n_bytes = self._n_done = 0
         self._started = self._last = 0.0
 
-    def start(self, label: str, n_bytes: int) -> None:
+    def start(self, label: str, n_bytes: int, unit: str = "") -> None:
         """Say what begins."""
-        self._label, self._n_bytes, self._n_done = label, n_bytes, 0
+        self._label, self._unit, self._n_bytes, self._n_done = label, unit, n_bytes, 0
         self._started = self._last = time.monotonic()
-        _log(f"{label}: {format_size(n_bytes)}")
+        _log(f"{label}: at most {n_bytes} {unit}" if unit else f"{label}: {format_size(n_bytes)}")
 
     def advance(self, n_bytes: int) -> None:
         """Say how far it is, if the last line is old enough."""
@@ -90,6 +96,9 @@ class LogProgress:
                 return
             self._last = now
             rate = self._n_done / (now - self._started)
+        if self._unit:
+            _log(f"{self._label}: {self._n_done} of at most {self._n_bytes} {self._unit}")
+            return
         left = (self._n_bytes - self._n_done) / rate if rate else 0.0
         done = f"{format_size(self._n_done)} of {format_size(self._n_bytes)}"
         _log(f"{self._label}: {done}, {format_size(rate)}/s, {format_seconds(left)} left")
@@ -97,7 +106,8 @@ class LogProgress:
     def finish(self) -> None:
         """Say what was done in what time."""
         seconds = time.monotonic() - self._started
-        _log(f"{self._label}: {format_size(self._n_done)} in {format_seconds(seconds)}")
+        done = f"{self._n_done} {self._unit}" if self._unit else format_size(self._n_done)
+        _log(f"{self._label}: {done} in {format_seconds(seconds)}")
 
 
 def _console() -> Console:

@@ -170,10 +170,7 @@ def check_latency(
         folders |= {} if why_no_contrast else {CONTRAST: contrast}
     try:
         sides = {name: loader(folder, workload) for name, folder in folders.items()}
-        n_bytes = sum(folder.n_bytes for folder in folders.values())
-        measurements = measure_twice(
-            sides, options, is_proven=proof.is_equal is True, n_bytes=n_bytes, progress=progress
-        )
+        measurements = measure_twice(sides, options, is_proven=proof.is_equal is True, progress=progress)
         costs = {name: load_cost(folders[name], options.provider) for name in (BASE, MERGED)}
     except (EvidenceError, InconclusiveError) as error:
         return _concluded(proof, (), options, workload, {}, error.message)
@@ -205,14 +202,13 @@ def measure_twice(
     options: LatencyOptions,
     *,
     is_proven: bool,
-    n_bytes: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Measurement, ...]:
-    """Measure; once more, with other seeds, where equal graphs seem different. ``n_bytes`` are loaded for each pair."""
+    """Measure; once more, with other seeds, where equal graphs seem different."""
     clock = CPU if options.provider == "cpu" else WALL  # elsewhere the CPU only waits
     found: list[Measurement] = []
     while not found or (len(found) < 2 and is_proven and found[0].verdict is Equivalence.DIFFERENT):
-        with reporting(progress, "measuring latency", LOOKS[-1] * n_bytes) as advance:
+        with reporting(progress, "measuring latency", LOOKS[-1], "pairs of sessions") as advance:
             found.append(
                 measure(
                     sides,
@@ -221,7 +217,7 @@ def measure_twice(
                     seed=SEED + len(found),
                     clock=clock,
                     warm_seconds=0.0 if clock == CPU else _WARM_SECONDS,
-                    advance=lambda n, advance=advance: advance(n * n_bytes),  # type: ignore[misc]
+                    advance=advance,
                 )
             )
     return tuple(found)

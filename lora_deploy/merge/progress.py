@@ -11,14 +11,17 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how many bytes there are to do and how many are done.
+    """Told how much there is to do and how much is done, in bytes unless another unit is named.
 
     One piece of work at a time: ``start``, any number of ``advance``, ``finish``; then another may start. ``finish`` is
     called on failure and interruption too.
     """
 
-    def start(self, label: str, n_bytes: int) -> None:
-        """Begin work on ``n_bytes`` bytes; ``label`` says what it is, such as ``merging``."""
+    def start(self, label: str, n_bytes: int, unit: str = "") -> None:
+        """Begin work on so many bytes, or ``unit`` (a plural) if given; ``label`` says what it is, such as ``merging``.
+
+        Of a named unit there may turn out to be fewer.
+        """
         ...
 
     def advance(self, n_bytes: int) -> None:
@@ -31,12 +34,12 @@ class Progress(Protocol):
 
 
 @contextmanager
-def reporting(progress: Progress | None, label: str, n_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Report one piece of work from start to finish, whatever happens; gives what to call with the bytes done."""
+def reporting(progress: Progress | None, label: str, n_bytes: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Report one piece of work from start to finish, whatever happens; gives what to call with what was done."""
     if progress is None:
         yield lambda _: None
         return
-    progress.start(label, n_bytes)
+    progress.start(label, n_bytes, unit)
     try:
         yield progress.advance
     finally:

@@ -56,7 +56,7 @@ class _Counting:
         self.n_merged, self.n_planned, self.pause_s = n_merged, n_planned, pause_s
         self.is_merging = False
 
-    def start(self, label: str, n_bytes: int) -> None:
+    def start(self, label: str, n_bytes: int, unit: str = "") -> None:
         self.is_merging = label == "merging"
         if self.is_merging:
             self.n_planned.value = n_bytes

@@ -52,6 +52,20 @@ def test_a_log_gets_a_line_every_few_seconds_with_bytes_rate_and_time_left(
     ]
 
 
+def test_what_is_not_counted_in_bytes_says_what_in(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = LogProgress(interval_s=5)
+    progress.start("measuring", 24, "pairs")
+    for _ in range(3):
+        clock.now += 3
+        progress.advance(1)
+    progress.finish()
+    assert capsys.readouterr().err.splitlines() == [
+        "12:00:00 measuring: at most 24 pairs",
+        "12:00:00 measuring: 2 of at most 24 pairs",
+        "12:00:00 measuring: 3 pairs in 9.0 s",
+    ]
+
+
 def test_lines_carry_the_time_of_day(capsys: pytest.CaptureFixture[str]) -> None:
     with reporting(LogProgress(), "merging", 10) as advance:
         advance(10)

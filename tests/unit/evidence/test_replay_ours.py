@@ -106,7 +106,7 @@ class Recorder:
         self.done = 0
         self.is_finished = False
 
-    def start(self, label: str, n_bytes: int) -> None:
+    def start(self, label: str, n_bytes: int, unit: str = "") -> None:
         self.started.append((label, n_bytes))
 
     def advance(self, n_bytes: int) -> None:

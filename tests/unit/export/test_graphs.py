@@ -204,7 +204,7 @@ class Heard:
         self.labels: list[str] = []
         self.has_waited = threading.Event()
 
-    def start(self, label: str, n_bytes: int) -> None:
+    def start(self, label: str, n_bytes: int, unit: str = "") -> None:
         self.labels.append(label)
         if label.startswith("waiting"):
             self.has_waited.set()
