@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from lora_deploy.errors import InconclusiveError
 from lora_deploy.evidence.architecture import Architecture
@@ -20,6 +22,9 @@ N_TOKENS = 64
 PREFILL, DECODE, FORWARD = "prefill", "decode", "forward"
 _ROWS = (1, 2, 4)
 """Batches to try: 1, unless the graph was made for another one."""
+_CUDA = ("cuda", "tensorrt")
+Watch: TypeAlias = "Callable[[], Callable[[], float]]"
+"""Starts when called; what it gives stops it, and says how many seconds went by."""
 _MAIN_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 
 
@@ -90,6 +95,7 @@ class TimedGraphs:
         model = open_model(folder, provider=workload.provider, n_threads=workload.n_threads)
         probe = workload.probe(model)
         first = PREFILL if model.continues else FORWARD
+        self._watch = watch_for(workload.provider)
         self._runs: dict[str, tuple[Bound, ...]] = {first: model.reading(probe.inputs)}
         if model.continues:
             following_inputs = following(probe.inputs, probe.tokens[:, -1:])
@@ -103,7 +109,32 @@ class TimedGraphs:
     def run(self, phase: str) -> Times:
         """Run a phase once, by both clocks; inputs lie on the device, and what was begun there is waited for."""
         runs = self._runs[phase]
-        wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+        stop, cpu = self._watch(), time.process_time_ns()
         for bound in runs:
             bound.run()
-        return Times((time.process_time_ns() - cpu) / 1e9, (time.perf_counter_ns() - wall) / 1e9)
+        return Times((time.process_time_ns() - cpu) / 1e9, stop())
+
+
+def watch_for(provider: str) -> Watch:
+    """Choose a watch: events of the device where it is CUDA's and torch sees it, else the system's clock.
+
+    Runs are waited for, so that what lies between two events is all of a run, on whatever stream of its own.
+    """
+    return _event_watch if provider in _CUDA and torch.cuda.is_available() else _wall_watch
+
+
+def _event_watch() -> Callable[[], float]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+
+    def stop() -> float:
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    return stop
+
+
+def _wall_watch() -> Callable[[], float]:
+    begin = time.perf_counter_ns()
+    return lambda: (time.perf_counter_ns() - begin) / 1e9

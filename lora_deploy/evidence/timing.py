@@ -33,6 +33,7 @@ class Times:
 
     cpu: float
     wall: float
+    """By the clock of a CUDA device where that is what runs."""
 
 
 class Side(Protocol):

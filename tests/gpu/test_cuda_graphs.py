@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, save
 
+from lora_deploy.evidence.graph_timing import watch_for
 from lora_deploy.evidence.session import open_session
 from lora_deploy.evidence.timing import BASE, MERGED, WALL, Times, measure
 
@@ -74,14 +75,12 @@ def test_a_graph_takes_its_own_time_on_a_warm_device(graph: Path) -> None:
         def __init__(self) -> None:
             session = open_session(graph, provider="cuda")
             self._bound = session.bind(session.feed({"x": torch.randn(4096, WIDTH)}))
-            self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._watch = watch_for("cuda")
 
         def run(self, phase: str) -> Times:
-            self._start.record()
+            stop = self._watch()
             self._bound.run()
-            self._stop.record()
-            self._stop.synchronize()
-            seconds = self._start.elapsed_time(self._stop) / 1e3
+            seconds = stop()
             return Times(seconds, seconds)
 
     found = measure({BASE: Side, MERGED: Side}, bound=0.2, seconds=30, seed=1, clock=WALL, warm_seconds=0.5)
