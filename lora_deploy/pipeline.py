@@ -43,6 +43,7 @@ from lora_deploy.evidence.dossier import Evidence
 from lora_deploy.evidence.existing import gather_existing
 from lora_deploy.evidence.gather import gather
 from lora_deploy.evidence.options import VerifyOptions
+from lora_deploy.evidence.pipeline_evidence import gather_pipeline
 from lora_deploy.evidence.spectra import spectra_of
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.adapter_file import SUFFIX as ADAPTER_SUFFIX
@@ -468,7 +469,8 @@ def verify(  # noqa: PLR0913 - an option type a stage
     if isinstance(planned.binding.checkpoint, OnnxBase):
         found = gather_existing(planned, root, chosen, is_ours=is_ours, progress=progress)
     else:
-        found = gather(planned, root, chosen, is_ours=is_ours, is_direct=is_direct, progress=progress)
+        check = gather_pipeline if planned.binding.checkpoint.components else gather
+        found = check(planned, root, chosen, is_ours=is_ours, is_direct=is_direct, progress=progress)
     found = replace(found, files=_checked_files(root), spectra=spectra_of(planned.binding))
     if not is_released:
         found.write(root)

@@ -75,6 +75,11 @@ def _show_parity(screen: Screen, report: ParityReport) -> None:
                 (f"effect on {power.output}", _power_line(power.effect, power.ratio))
                 for power in _weakest(report.power)
             ),
+            *(
+                (f"picture, {picture.name}", f"{100 * picture.relative_l2:.3g} % off the unmerged one's")
+                for picture in report.pictures
+                if picture.relative_l2 is not None and picture.name != "unmerged"
+            ),
             *(("note", note) for note in report.notes),
         ]
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -172,6 +172,23 @@ def _joined(parts: list[Divergence]) -> Divergence:
         n_positions=sum(part.n_positions for part in parts),
         positions=tuple(value for part in parts for value in part.positions),
     )
+
+
+def at_positions(parts: Divergences, kept: Mapping[str, Tensor]) -> dict[str, Divergence]:
+    """Cut divergences by ``probe/output`` down to some positions, given by probe as (n,) bool; other probes go.
+
+    Means and extremes are those of the positions that are left; what is not known by position stays that of all.
+    """
+    found = {}
+    for name, part in parts.items():
+        mask = kept.get(name.removesuffix(f"/{part.output}"))
+        if mask is None or len(mask) != part.n_positions or not bool(mask.any()):
+            continue
+        left = tuple(value for value, is_kept in zip(part.positions, mask.tolist(), strict=True) if is_kept)
+        found[name] = replace(
+            part, mean=sum(left) / len(left), largest=max(left), n_positions=len(left), positions=left
+        )
+    return found
 
 
 Divergences: TypeAlias = "Mapping[str, Divergence]"

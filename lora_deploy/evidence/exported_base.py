@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from lora_deploy.artifact import cache_root
 from lora_deploy.checkpoint import Checkpoint
@@ -27,17 +28,36 @@ from lora_deploy.merge.progress import Progress
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.validate import Binding
 
+Found = TypeVar("Found")
+
+
+@overload
+def exported_base(
+    plan: MergePlan, record: ExportRecord, progress: Progress | None = None
+) -> AbstractContextManager[GraphFolder | str]: ...
+@overload
+def exported_base(
+    plan: MergePlan, record: ExportRecord, progress: Progress | None = None, *, find: Callable[[Path], Found | None]
+) -> AbstractContextManager[Found | str]: ...
+
 
 @contextmanager
 def exported_base(
-    plan: MergePlan, record: ExportRecord, progress: Progress | None = None
-) -> Iterator[GraphFolder | str]:
-    """Export the base of a merge as ``record`` says that the merged model was; give a reason where that cannot be."""
+    plan: MergePlan,
+    record: ExportRecord,
+    progress: Progress | None = None,
+    *,
+    find: Callable[[Path], Any] = find_graphs,
+) -> Iterator[Any]:
+    """Export the base of a merge as ``record`` says that the merged model was; give a reason where that cannot be.
+
+    ``find`` says which graphs are in the folder.
+    """
 
     def source() -> WeightSource:
         return PlanSource(plan_merge(_without_deltas(plan.binding), plan.options, companions=plan.companions))
 
-    with _exported(source, "the base", record, progress) as found:
+    with _exported(source, "the base", record, progress, find) as found:
         yield found
 
 
@@ -56,8 +76,12 @@ def exported_again(
 
 @contextmanager
 def _exported(
-    source: Callable[[], WeightSource], what: str, record: ExportRecord, progress: Progress | None
-) -> Iterator[GraphFolder | str]:
+    source: Callable[[], WeightSource],
+    what: str,
+    record: ExportRecord,
+    progress: Progress | None,
+    find: Callable[[Path], Any] = find_graphs,
+) -> Iterator[Any]:
     cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="base-", dir=cache_root()) as made:
         folder = Path(made) / "onnx"
@@ -70,7 +94,7 @@ def _exported(
         except (ExportError, MergeError) as error:
             yield f"{what} cannot be exported: {error.message}"
             return
-        found = find_graphs(folder)
+        found = find(folder)
         assert found is not None  # noqa: S101 - it was just exported
         yield found
 

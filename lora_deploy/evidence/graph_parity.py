@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lora_deploy.errors import EvidenceError, InconclusiveError
-from lora_deploy.evidence.divergence import compare_outputs, join
+from lora_deploy.evidence.divergence import Divergences, at_positions, compare_outputs, join
 from lora_deploy.evidence.forward import LOGITS, Outputs
 from lora_deploy.evidence.graphs import GraphFolder
 from lora_deploy.evidence.onnx_subject import OnnxRun, run_graphs
@@ -21,7 +22,7 @@ from lora_deploy.evidence.parity_report import SubjectReport
 from lora_deploy.evidence.probe import Probe
 from lora_deploy.evidence.reference_run import ReferenceRun
 from lora_deploy.evidence.subject import compare_subject
-from lora_deploy.evidence.tolerance import Share, Tolerance, single_share
+from lora_deploy.evidence.tolerance import Share, Tolerance, export_limit, merge_share, single_share
 from lora_deploy.evidence.verdict import Verdict
 
 
@@ -83,30 +84,85 @@ def _not_run(verdict: Verdict, reason: str) -> SubjectReport:
 
 
 def graph_subjects(
-    runs: GraphRuns, probes: Sequence[Probe], reference: ReferenceRun, merge: Mapping[str, Share]
+    runs: GraphRuns, probes: Sequence[Probe], reference: ReferenceRun, dtype: str
 ) -> tuple[SubjectReport, ...]:
-    """Judge what the graphs gave."""
+    """Judge what the graphs gave; ``dtype`` is the format that most adapted weights are stored in."""
     run = runs.merged
     if isinstance(run, SubjectReport):
         return (run,)
-    export = _export_share(runs, reference)
-    tolerances = {
-        output: Tolerance(output=output, shares=(share, export[output]))
-        for output, share in merge.items()
-        if output in export
-    }
-    found = [compare_subject("onnx prefill", run.prefill, reference.outputs, tolerances, run.facts)]
+    floors = _Floors(runs, reference, dtype)
+    fault = floors.fault_of_base()
+    if fault is not None:
+        return (_not_run(Verdict.FAIL, fault),)
+    tolerances = floors.tolerances()
+    found = [_whole(compare_subject("onnx prefill", run.prefill, reference.outputs, tolerances, run.facts), run)]
     for title, names in _by_batch(run, probes).items():
         rows = {name: run.decode[name] for name in names}
-        expected: Outputs = {
-            name: {LOGITS: reference.outputs[name][LOGITS][run.decoding[name].is_decoded]} for name in names
-        }
-        found.append(compare_subject(f"onnx decode over a cache, {title}", rows, expected, tolerances, {}))
+        kept = {name: run.decoding[name].is_decoded for name in names}
+        expected: Outputs = {name: {LOGITS: reference.outputs[name][LOGITS][kept[name]]} for name in names}
+        found.append(compare_subject(f"onnx decode over a cache, {title}", rows, expected, floors.tolerances(kept), {}))
     if run.greedy:
         found.append(compare_subject("onnx greedy", run.greedy, reference.outputs, tolerances, {}))
     if runs.base is None and run.dtype is not torch.float32:
         return tuple(_softened(subject, runs.base_problem) for subject in found)
     return tuple(found)
+
+
+def _whole(subject: SubjectReport, run: OnnxRun) -> SubjectReport:
+    """Take a pass back where the graphs do not take what the model takes.
+
+    A graph that reads a text with images in it is made for one of each, which the export says.
+    """
+    names = {name for session in run.inputs for name in session}
+    if subject.verdict is not Verdict.PASS or not run.left_out or {"pixel_values", "input_ids"} <= names:
+        return subject
+    name, misfit = next(iter(run.left_out.items()))
+    reason = f"{len(run.left_out)} of the probes were left out, first {name}: {misfit}"
+    return replace(subject, verdict=Verdict.INCONCLUSIVE, reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Floors:
+    """What nobody can help, over all positions or at some."""
+
+    runs: GraphRuns
+    reference: ReferenceRun
+    dtype: str
+
+    def tolerances(self, kept: Mapping[str, Tensor] | None = None) -> dict[str, Tolerance]:
+        """Add up shares, by output; ``kept`` says at which positions, by probe."""
+        merge = merge_share([self._at(run, kept) for run in self.reference.roundings], self.dtype)
+        export = self._export(kept)
+        return {
+            output: Tolerance(output=output, shares=(share, export[output]))
+            for output, share in merge.items()
+            if output in export
+        }
+
+    def fault_of_base(self) -> str | None:
+        """Say which output of the base's own graph is not the base's: a floor may be no excuse for a wrong graph."""
+        if self.runs.base is None:
+            return None
+        arithmetic = {entry.output: entry.mean for entry in self.reference.arithmetic}
+        for output, share in self._export(None).items():
+            limit = export_limit(arithmetic.get(output, 0.0), self.runs.base.dtype)
+            if not share.mean <= limit:
+                return (
+                    f"{output}: the base's own graph is not the base: its divergence is {share.mean:.2g}, "
+                    f"where {limit:.2g} is what arithmetic could explain"
+                )
+        return None
+
+    def _export(self, kept: Mapping[str, Tensor] | None) -> dict[str, Share]:
+        if self.runs.base is not None:
+            base = self.runs.base
+            found = compare_outputs(self.reference.base[base.dtype], base.prefill)
+            source = "the base's graph against the base in torch, at the same stored weights"
+            return single_share("export", join(self._at(found, kept)), source)
+        return single_share("arithmetic", self.reference.arithmetic, "the base in float32 against float64")
+
+    def _at(self, parts: Divergences, kept: Mapping[str, Tensor] | None) -> Divergences:
+        return parts if kept is None else at_positions(parts, kept)
 
 
 def _by_batch(run: OnnxRun, probes: Sequence[Probe]) -> dict[str, list[str]]:
@@ -118,14 +174,6 @@ def _by_batch(run: OnnxRun, probes: Sequence[Probe]) -> dict[str, list[str]]:
             title = f"batch {len(probe.tokens)}" + (f", {padding}-padded" if padding else "")
             found.setdefault(title, []).append(probe.name)
     return found
-
-
-def _export_share(runs: GraphRuns, reference: ReferenceRun) -> dict[str, Share]:
-    if runs.base is not None:
-        found = join(compare_outputs(reference.base[runs.base.dtype], runs.base.prefill))
-        source = "the base's graph against the base in torch, at the same stored weights"
-        return single_share("export", found, source)
-    return single_share("arithmetic", reference.arithmetic, "the base in float32 against float64")
 
 
 def _softened(subject: SubjectReport, problem: str) -> SubjectReport:

@@ -35,15 +35,19 @@ class Workload:
     config: Mapping[str, Any]
     provider: str
     n_threads: int
+    given: Probe | None = None
+    """What is fed, where it is not made after the configuration."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], *, provider: str, n_threads: int) -> Workload:
+    def of(cls, config: Mapping[str, Any], *, provider: str, n_threads: int, given: Probe | None = None) -> Workload:
         """Take sizes from a configuration."""
-        return cls(config=config, provider=provider, n_threads=n_threads)
+        return cls(config=config, provider=provider, n_threads=n_threads, given=given)
 
     @property
     def description(self) -> str:
         """For the report."""
+        if self.given is not None:
+            return f"{self.given.name}: {self.given.description}; {self.n_threads} thread(s)"
         if self.config.get("is_encoder_decoder"):
             work = "an input read (64 tokens, where it is text) and the answer's first token found, then one more"
         else:
@@ -56,6 +60,8 @@ class Workload:
         Raises:
             InconclusiveError: It takes none of the batches that are tried.
         """
+        if self.given is not None:
+            return self.given
         architecture = _architecture(model, self.config)
         probes = [make_workload(self.config, architecture, n_rows, N_TOKENS) for n_rows in _ROWS]
         misfits = [model.misfit(probe.inputs) for probe in probes]

@@ -51,3 +51,21 @@ def find_graphs(folder: Path) -> GraphFolder | None:
         encoder = next((root / file for file in _ENCODER if (root / file).is_file()), None)
         return GraphFolder(root=root, prefill=prefill, decode=decode, encoder=encoder)
     return None
+
+
+def find_pipeline_graphs(folder: Path) -> tuple[Path, dict[str, GraphFolder]] | None:
+    """Find a pipeline's graphs, each in a folder of its own, in ``folder/onnx`` or in the folder itself.
+
+    Gives the folder that they are in, and each by its name.
+    """
+    for name in _SUBFOLDERS:
+        root = folder / name if name != "." else folder
+        if not (root / _MARKS[0]).is_file():
+            continue
+        found = {
+            path.parent.name: GraphFolder(root=path.parent, prefill=path, decode=path)
+            for path in sorted(root.glob(f"*/{_PREFILL[0]}"))
+        }
+        if found:
+            return root, found
+    return None

@@ -21,6 +21,7 @@ from lora_deploy.evidence.equivalence import ERROR_RATE, LOOKS, Equivalence, Int
 from lora_deploy.evidence.graph_timing import Workload, loader
 from lora_deploy.evidence.graphs import GraphFolder
 from lora_deploy.evidence.load_cost import LoadCost, load_cost
+from lora_deploy.evidence.probe import Probe
 from lora_deploy.evidence.timing import AGAIN, BASE, CPU, MERGED, WALL, Load, Measurement, measure
 from lora_deploy.evidence.verdict import Verdict
 from lora_deploy.evidence.versions import versions
@@ -150,31 +151,34 @@ def check_latency(
     *,
     prove: Prove | None = None,
     contrast: GraphFolder | None = None,
+    workload: Probe | None = None,
     progress: Progress | None = None,
 ) -> LatencyReport:
     """Compare the time of two exports; ``contrast`` is a third, known to be slower, that shows what would be seen.
+
+    ``workload`` is what both are fed; by default it is made after the configuration.
 
     Raises:
         RecipeError: No provider has that name.
     """
     options, started = options or LatencyOptions(), time.monotonic()
     proof = proof_of(merged, base, prove)
-    workload = Workload.of(config, provider=options.provider, n_threads=options.n_threads)
+    work = Workload.of(config, provider=options.provider, n_threads=options.n_threads, given=workload)
     folders = {BASE: base, MERGED: merged, AGAIN: base}
     problem = _lacks_memory(folders.values())
     if problem:
-        return _concluded(proof, (), options, workload, {}, problem)
+        return _concluded(proof, (), options, work, {}, problem)
     why_no_contrast = ""
     if contrast is not None:
-        why_no_contrast = _why_not_beside(contrast, folders.values(), workload)
+        why_no_contrast = _why_not_beside(contrast, folders.values(), work)
         folders |= {} if why_no_contrast else {CONTRAST: contrast}
     try:
-        sides = {name: loader(folder, workload) for name, folder in folders.items()}
+        sides = {name: loader(folder, work) for name, folder in folders.items()}
         measurements = measure_twice(sides, options, is_proven=proof.is_equal is True, progress=progress)
         costs = {name: load_cost(folders[name], options.provider) for name in (BASE, MERGED)}
     except (EvidenceError, InconclusiveError) as error:
-        return _concluded(proof, (), options, workload, {}, error.message)
-    report = _concluded(proof, measurements, options, workload, costs, "")
+        return _concluded(proof, (), options, work, {}, error.message)
+    report = _concluded(proof, measurements, options, work, costs, "")
     return replace(report, seconds=time.monotonic() - started, why_no_contrast=why_no_contrast)
 
 

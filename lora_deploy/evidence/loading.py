@@ -6,8 +6,9 @@ and the folder does not hold are told, never quietly invented.
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 from lora_deploy.checkpoint import Checkpoint
 from lora_deploy.errors import EvidenceError
 from lora_deploy.evidence.forward import quiet_peers
+from lora_deploy.pipeline_layout import CONFIG_NAME, index_name, plain_name
 
 _STANDARD = "model.safetensors"
 
@@ -56,8 +58,20 @@ def load_model(folder: Path, architecture: str, **settings: object) -> tuple[nn.
 
 @contextmanager
 def as_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Give a folder that transformers reads as this checkpoint: its own, or one of links where a lone file is meant."""
+    """Give a folder that a library reads as this checkpoint: its own, or one of links.
+
+    So it is where a lone file is meant, or a variant of a pipeline's component.
+    """
     root, files = checkpoint.root, checkpoint.files
+    plain = tuple(plain_name(file) for file in files)
+    if plain != files:
+        with tempfile.TemporaryDirectory(prefix="lora-deploy-") as made:
+            _link_plainly(checkpoint, plain, Path(made))
+            yield Path(made)
+        return
+    if "_class_name" in checkpoint.config:
+        yield root
+        return
     others = {path.name for path in root.glob("*.safetensors")} - set(files)
     if len(files) > 1 or (files == (_STANDARD,) and not (root / f"{_STANDARD}.index.json").exists()):
         yield root
@@ -72,3 +86,13 @@ def as_folder(checkpoint: Checkpoint) -> Iterator[Path]:
                 (folder / path.name).symlink_to(path.resolve())
         (folder / _STANDARD).symlink_to((root / files[0]).resolve())
         yield folder
+
+
+def _link_plainly(checkpoint: Checkpoint, names: Sequence[str], folder: Path) -> None:
+    """Link a variant's files under the names that loaders look for when they are told nothing."""
+    (folder / CONFIG_NAME).symlink_to((checkpoint.root / CONFIG_NAME).resolve())
+    for name, file in zip(names, checkpoint.files, strict=True):
+        (folder / name).symlink_to((checkpoint.root / file).resolve())
+    if len(names) > 1:
+        weights = {name: plain_name(spec.file) for name, spec in checkpoint.tensors.items()}
+        (folder / index_name(names[0])).write_text(json.dumps({"metadata": {}, "weight_map": weights}))

@@ -21,6 +21,7 @@ from lora_deploy.evidence.forward import LOGITS, TOKENS, answer_start, following
 from lora_deploy.evidence.graph_model import GraphModel, open_model
 from lora_deploy.evidence.graphs import GraphFolder
 from lora_deploy.evidence.probe import Probe
+from lora_deploy.evidence.session import plain
 
 Rows: TypeAlias = "dict[str, dict[str, Tensor]]"
 _TEXTS = ("input_ids", "decoder_input_ids")
@@ -40,6 +41,8 @@ class OnnxRun:
     greedy: Rows
     dtype: torch.dtype
     """Format that the graphs compute in."""
+    inputs: tuple[tuple[str, ...], ...]
+    """What each graph takes."""
     left_out: Mapping[str, str]
     """Probes that the graphs were not made for, each with the reason."""
     facts: Mapping[str, Any]
@@ -75,6 +78,7 @@ def run_graphs(folder: GraphFolder, probes: Sequence[Probe], *, provider: str, o
         padding={probe.name: probe.padding for probe in probes},
         greedy={probe.name: {TOKENS: run_greedy(model, probe)} for probe in texts if probe.n_new_tokens},
         dtype=model.dtype,
+        inputs=tuple(tuple(plain(name) for name in session.inputs) for session in model.sessions),
         left_out=left_out,
         facts={
             "provider": model.prefill.provider,

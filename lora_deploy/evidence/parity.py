@@ -33,6 +33,7 @@ from lora_deploy.evidence.quantised_parity import quantised_report, run_quantise
 from lora_deploy.evidence.quantised_report import QuantisedReport
 from lora_deploy.evidence.reference_run import N_PASSES, ReferenceRun, needed_bytes, run_reference
 from lora_deploy.evidence.reload import run_reloaded
+from lora_deploy.evidence.runnable import WholeModel
 from lora_deploy.evidence.subject import compare_subject
 from lora_deploy.evidence.tolerance import Power, Share, Tolerance, merge_share
 from lora_deploy.evidence.user_probe import read_probes
@@ -87,13 +88,13 @@ def check_parity(
     if isinstance(architecture, Absence):
         if not architecture.is_applicable:
             return NotApplicable(reason=architecture.reason)
-        return _unmeasured(architecture.reason, architecture.hint)
+        return unmeasured(architecture.reason, architecture.hint)
     if merged is not None:
         root = merged.root
     elif graphs is not None:
         root = graphs.merged.root
     else:
-        return _unmeasured("a quantised export is compared with merged weights, and there are none", "merge first")
+        return unmeasured("a quantised export is compared with merged weights, and there are none", "merge first")
     conventions = Conventions.of(plan.config, root)
     probes = make_probes(plan.config, architecture, conventions=conventions)
     if options is not None and options.probes is not None:
@@ -103,7 +104,7 @@ def check_parity(
     if is_too_large or (options is not None and options.layerwise):
         why = f"the unmerged model needs {needed / 1e9:.1f} GB of memory, {(available or 0) / 1e9:.1f} GB are free"
         if merged is None:
-            return _unmeasured(f"{why}; layer by layer: {_GRAPHS_LEFT_OUT.reason}", _REPLAY_HINT)
+            return unmeasured(f"{why}; layer by layer: {_GRAPHS_LEFT_OUT.reason}", _REPLAY_HINT)
         report = _layer_by_layer(
             plan,
             merged,
@@ -132,14 +133,14 @@ def _layer_by_layer(
     try:
         needed, available = layerwise_bytes(plan, architecture, probes), available_bytes()
         if available is not None and needed > available:
-            return _unmeasured(f"{why}; layer by layer it needs {needed / 1e9:.1f} GB", _REPLAY_HINT)
+            return unmeasured(f"{why}; layer by layer it needs {needed / 1e9:.1f} GB", _REPLAY_HINT)
         dtypes = DTypes.of(merged.tensors, {tensor.spec.name for tensor in plan.tensors if tensor.updates})
         with reporting(progress, "measuring parity layer by layer", 2 * plan.n_bytes) as advance:
             found = run_layerwise(plan, merged, architecture, probes, dtypes, advance)
     except EvidenceError as error:
-        return _unmeasured(f"{why}; layer by layer: {error.message}", _REPLAY_HINT)
+        return unmeasured(f"{why}; layer by layer: {error.message}", _REPLAY_HINT)
     if isinstance(found, Absence):
-        return _unmeasured(f"{why}; {found.reason}", found.hint or _REPLAY_HINT)
+        return unmeasured(f"{why}; {found.reason}", found.hint or _REPLAY_HINT)
     report = ParityReport(
         verdict=Verdict.PASS,
         reference=f"{architecture.name}, float32, {found.source}",
@@ -180,12 +181,10 @@ class _Exports:
         """What was not run, and why."""
         return tuple(note for run in (*self._runs.values(), *self._quantised_runs.values()) for note in run.notes)
 
-    def subjects(
-        self, probes: Sequence[Probe], reference: ReferenceRun, merge: Mapping[str, Share]
-    ) -> Iterator[SubjectReport]:
+    def subjects(self, probes: Sequence[Probe], reference: ReferenceRun, dtype: str) -> Iterator[SubjectReport]:
         """Judge what is not quantised."""
         for runs in self._runs.values():
-            yield from graph_subjects(runs, probes, reference, merge)
+            yield from graph_subjects(runs, probes, reference, dtype)
 
     def reports(self, reference: ReferenceRun, reloaded: Outputs | None) -> Iterator[QuantisedReport]:
         """Judge what is."""
@@ -206,18 +205,20 @@ def _measure(
     adapted = {tensor.spec.name for tensor in plan.tensors if tensor.updates}
     stored = merged.tensors if merged is not None else {tensor.spec.name: tensor.spec for tensor in plan.tensors}
     dtypes = DTypes.of(stored, adapted)
-    graph_dtypes = exports.run(probes)
+    graph_dtypes, model = exports.run(probes), WholeModel(architecture.name)
     try:
-        reference = run_reference(plan, architecture, probes, dtypes, advance, graph_dtypes=graph_dtypes)
+        reference = run_reference(plan, model, probes, dtypes, advance, graph_dtypes=graph_dtypes)
     except EvidenceError as error:
-        return _unmeasured(f"the base cannot be run: {error.message}", "")
+        return unmeasured(f"the base cannot be run: {error.message}", "")
     if isinstance(reference, Absence):
-        return _unmeasured(reference.reason, reference.hint)
+        return unmeasured(reference.reason, reference.hint)
     shares = merge_share(reference.roundings, dtypes.usual.long_name)
-    reloaded, outputs = (None, None) if merged is None else _reloaded(merged, architecture, probes, reference, shares)
+    reloaded, outputs = (
+        (None, None) if merged is None else reload_and_judge(merged, model.spec, probes, reference, shares)
+    )
     advance(plan.n_bytes)
-    subjects = (*([reloaded] if reloaded else []), *exports.subjects(probes, reference, shares))
-    power = _power(reference, subjects)
+    subjects = (*([reloaded] if reloaded else []), *exports.subjects(probes, reference, dtypes.usual.long_name))
+    power = weakest_power(reference, subjects)
     report = ParityReport(
         verdict=Verdict.PASS,
         reference=f"{architecture.name}, float32, {reference.source}",
@@ -232,7 +233,6 @@ def _measure(
         seed=SEED,
         notes=(
             *_notes(reference.magnitudes, is_independent=reference.is_independent),
-            *_blind(power),
             *_unseen(architecture, plan, probes),
             *exports.notes,
         ),
@@ -242,7 +242,10 @@ def _measure(
 
 
 def judged(report: ParityReport) -> ParityReport:
-    """Give a report its verdict: one failure fails; without power, or with anything unmeasured, it is inconclusive."""
+    """Give a report its verdict: one failure fails, and what is unmeasured, or changed without power, is inconclusive.
+
+    An output that the adapter leaves as it is, to the bit, needs no power.
+    """
     judged_ones: tuple[SubjectReport | QuantisedReport, ...] = (*report.subjects, *report.quantised)
     failed = [subject for subject in judged_ones if subject.verdict is Verdict.FAIL]
     open_ones = [subject for subject in judged_ones if subject.verdict is Verdict.INCONCLUSIVE]
@@ -256,26 +259,31 @@ def judged(report: ParityReport) -> ParityReport:
     if open_ones:
         reasons = "; ".join(f"{subject.name}: {subject.reason}" for subject in open_ones)
         return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reasons)
-    if not any(power.is_enough for power in report.power):
-        best = max((power.ratio for power in report.power), default=0.0)
-        reason = f"the adapter's effect is {best:.2g} times the tolerance: a missing adapter would hardly have shown"
+    weak = [power for power in report.power if power.effect and not power.is_enough]
+    if weak or not any(power.is_enough for power in report.power):
+        worst = min(weak, key=lambda power: power.ratio, default=None)
+        where = f"{worst.output}: " if worst is not None and len(report.power) > 1 else ""
+        ratio = worst.ratio if worst is not None else 0.0
+        reason = (
+            f"{where}the adapter's effect is {ratio:.2g} times the tolerance: a missing adapter would hardly have shown"
+        )
         hint = "give --probes that the adapter was trained for, or merge with a finer --dtype"
         return replace(report, verdict=Verdict.INCONCLUSIVE, reason=reason, hint=hint)
     return replace(report, verdict=Verdict.PASS)
 
 
-def _reloaded(
+def reload_and_judge(
     merged: Checkpoint,
-    architecture: Architecture,
+    spec: str,
     probes: Sequence[Probe],
     reference: ReferenceRun,
     shares: Mapping[str, Share],
 ) -> tuple[SubjectReport, Outputs | None]:
-    """Judge the merged checkpoint; gives its outputs, too, where it ran."""
+    """Judge a merged checkpoint, loaded and run by another process; gives its outputs, too, where it ran."""
     name = "merged checkpoint, reloaded"
     try:
         with as_folder(merged) as folder:
-            found = run_reloaded(folder, architecture.name, probes)
+            found = run_reloaded(folder, spec, probes)
     except EvidenceError as error:
         return SubjectReport(name=name, verdict=Verdict.FAIL, reason=error.message, by_probe={}, facts={}), None
     except InconclusiveError as error:
@@ -295,7 +303,7 @@ def _reloaded(
     return compare_subject(name, found.outputs, reference.outputs, tolerances, facts), found.outputs
 
 
-def _power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[Power, ...]:
+def weakest_power(reference: ReferenceRun, subjects: Sequence[SubjectReport]) -> tuple[Power, ...]:
     """Effect by the widest tolerance that any subject was judged with."""
     widest: dict[str, float] = {}
     for bound in (bound for subject in subjects for bound in subject.tolerances):
@@ -316,15 +324,6 @@ def _notes(magnitudes: RangeReport, *, is_independent: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _blind(power: Sequence[Power]) -> tuple[str, ...]:
-    """Name the outputs in which a fault might not show, where another one decides."""
-    return tuple(
-        f"{entry.output}: the adapter's effect is {entry.ratio:.2g} times the tolerance: a fault there might not show"
-        for entry in power
-        if entry.effect and not entry.is_enough
-    )
-
-
 def _unseen(architecture: Architecture, plan: MergePlan, probes: Sequence[Probe]) -> tuple[str, ...]:
     """Say that a model of images and texts was shown texts alone."""
     sees = "pixel_values" in architecture.arguments and "vision_config" in plan.config
@@ -333,5 +332,6 @@ def _unseen(architecture: Architecture, plan: MergePlan, probes: Sequence[Probe]
     return (f"texts alone were probed: what {architecture.name} wants besides pixels is not known; give --probes",)
 
 
-def _unmeasured(reason: str, hint: str) -> ParityReport:
+def unmeasured(reason: str, hint: str) -> ParityReport:
+    """Say why nothing was measured."""
     return ParityReport(verdict=Verdict.INCONCLUSIVE, reason=reason, hint=hint, probes={}, versions=versions())

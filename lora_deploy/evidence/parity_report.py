@@ -66,6 +66,19 @@ class SubjectReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """What a pipeline drew at its end, beside what the unmerged one drew."""
+
+    name: str
+    """``base``, ``unmerged``, ``merged`` or ``onnx``."""
+    relative_l2: float | None
+    """‖difference from the unmerged picture‖ / ‖that picture‖; None where there is none."""
+    cosine: float | None
+    png: str
+    """The picture as PNG, in base64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParityReport:
     """The unmerged model against everything that was made of it."""
 
@@ -87,6 +100,8 @@ class ParityReport:
     effect: tuple[Divergence, ...] = ()
     """Unmerged against base: what the adapter does."""
     magnitudes: RangeReport | None = None
+    pictures: tuple[Picture, ...] = ()
+    """Of a pipeline: same prompt, same seed."""
     probes: Mapping[str, str]
     """Shapes, by name."""
     seed: int = 0
@@ -111,6 +126,7 @@ class ParityReport:
             "subjects": [subject.to_json() for subject in self.subjects],
             "quantised": [entry.to_json() for entry in self.quantised],
             "float16_range": self.magnitudes.to_json() if self.magnitudes else None,
+            **({"pictures": [asdict(picture) for picture in self.pictures]} if self.pictures else {}),
             "probes": dict(self.probes),
             "seed": self.seed,
             "notes": list(self.notes),

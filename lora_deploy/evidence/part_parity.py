@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_deploy.errors import EvidenceError
 from lora_deploy.evidence.architecture import Absence
 from lora_deploy.evidence.chanced import DTypes
-from lora_deploy.evidence.divergence import Divergence, compare_outputs, join
+from lora_deploy.evidence.divergence import Divergence, Divergences, compare_outputs, join
 from lora_deploy.evidence.forward import LOGITS, rows_of
 from lora_deploy.evidence.magnitude import recording
 from lora_deploy.evidence.parity_report import SubjectReport
@@ -61,7 +61,7 @@ class _Reference:
     outputs: _Rows
     base: _Rows
     """By the length of ``outputs``."""
-    roundings: tuple[tuple[Divergence, ...], ...]
+    roundings: tuple[Divergences, ...]
     magnitudes: Mapping[str, float]
 
 
@@ -140,7 +140,7 @@ def _run_reference(
         base = _by_length(_run(sides, stop, bare), outputs) if is_compared else {}
         for k in range(N_SEEDS if is_compared else 0):
             with rounded(sides.dtypes, torch.Generator().manual_seed(seed + k)):
-                roundings.append(join(compare_outputs(expected, _by_length(_run(sides, stop, module), outputs))))
+                roundings.append(compare_outputs(expected, _by_length(_run(sides, stop, module), outputs)))
     return _Reference(outputs=outputs, base=base, roundings=tuple(roundings), magnitudes=magnitudes)
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_deploy.evidence.architecture import Absence, Architecture
+from lora_deploy.evidence.architecture import Absence
 from lora_deploy.evidence.chanced import DTypes
 from lora_deploy.evidence.conventions import Conventions
-from lora_deploy.evidence.divergence import Divergence, compare_outputs, join
-from lora_deploy.evidence.forward import run_probes
-from lora_deploy.evidence.loading import as_folder, load_model
+from lora_deploy.evidence.divergence import Divergence, Divergences, compare_outputs, join
+from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.magnitude import RangeReport, recording, summarise
 from lora_deploy.evidence.probe import SEED, Probe
 from lora_deploy.evidence.reference import Unmerged, unmerged
+from lora_deploy.evidence.runnable import Runnable
 from lora_deploy.evidence.tolerance import N_SEEDS
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.tensors import DType
@@ -43,8 +43,8 @@ class ReferenceRun:
     where no graph is compared."""
     arithmetic: tuple[Divergence, ...]
     """The base in float32 against float64: what adding in another order may do; empty where no graph is compared."""
-    roundings: tuple[tuple[Divergence, ...], ...]
-    """Unmerged against weights rounded by chance, by seed and output."""
+    roundings: tuple[Divergences, ...]
+    """Unmerged against weights rounded by chance, by seed, each by ``probe/output``."""
     magnitudes: RangeReport
     source: str
     is_independent: bool
@@ -54,7 +54,7 @@ class ReferenceRun:
 
 def run_reference(
     plan: MergePlan,
-    architecture: Architecture,
+    runnable: Runnable,
     probes: Sequence[Probe],
     dtypes: DTypes,
     advance: Callable[[int], None],
@@ -69,22 +69,22 @@ def run_reference(
     """
     n_bytes = plan.n_bytes
     with as_folder(plan.binding.checkpoint) as folder:
-        model, missing = load_model(folder, architecture.name, **_settings(plan))
+        model, missing = runnable.load(folder, **_settings(plan))
     _resize(model, plan)
-    base = run_probes(model, probes, greedy=False)
-    stored, arithmetic = _for_graphs(model, probes, base, graph_dtypes)
+    base = runnable.run(model, probes, greedy=False)
+    stored, arithmetic = _for_graphs(runnable, model, probes, base, graph_dtypes)
     advance(n_bytes)
     with unmerged(model, plan) as found:
         if isinstance(found, Absence):
             return found
         with recording(found.modules) as magnitudes:
-            outputs = run_probes(found.model, probes)
+            outputs = runnable.run(found.model, probes)
         advance(n_bytes)
         effect = join(compare_outputs(outputs, base))
         del base
         roundings = []
         for seed in range(N_SEEDS):
-            roundings.append(_rounding(found, outputs, probes, dtypes, SEED + seed))
+            roundings.append(_rounding(runnable, found, outputs, probes, dtypes, SEED + seed))
             advance(n_bytes)
     return ReferenceRun(
         outputs=outputs,
@@ -100,6 +100,7 @@ def run_reference(
 
 
 def _for_graphs(
+    runnable: Runnable,
     model: nn.Module,
     probes: Sequence[Probe],
     base: Mapping[str, Mapping[str, Tensor]],
@@ -108,29 +109,30 @@ def _for_graphs(
     """Run the base at the weights that graphs store, and in float64; the model is float32 as before."""
     if not dtypes:
         return {}, ()
-    arithmetic = join(compare_outputs(run_probes(model.double(), probes, greedy=False), base))
+    arithmetic = join(compare_outputs(runnable.run(model.double(), probes, greedy=False), base))
     model.float()
     found = {torch.float32: base}
     saved = {name: parameter.data for name, parameter in model.named_parameters()}
     for dtype in dtypes - found.keys():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
-        found[dtype] = run_probes(model, probes, greedy=False)
+        found[dtype] = runnable.run(model, probes, greedy=False)
         for name, parameter in model.named_parameters():
             parameter.data = saved[name]
     return found, arithmetic
 
 
 def _rounding(
+    runnable: Runnable,
     found: Unmerged,
     outputs: Mapping[str, Mapping[str, Tensor]],
     probes: Sequence[Probe],
     dtypes: DTypes,
     seed: int,
-) -> tuple[Divergence, ...]:
+) -> Divergences:
     generator = torch.Generator().manual_seed(seed)
     with found.rounded(dtypes, generator):
-        return join(compare_outputs(outputs, run_probes(found.model, probes, greedy=False)))
+        return compare_outputs(outputs, runnable.run(found.model, probes, greedy=False))
 
 
 def _settings(plan: MergePlan) -> dict[str, Any]:

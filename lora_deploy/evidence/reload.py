@@ -41,17 +41,17 @@ class Reloaded:
     """Largest resident memory of the process, interpreter and libraries included."""
 
 
-def run_reloaded(folder: Path, architecture: str, probes: Sequence[Probe]) -> Reloaded:
-    """Load a folder in a fresh process and run the probes there.
+def run_reloaded(folder: Path, spec: str, probes: Sequence[Probe]) -> Reloaded:
+    """Load a folder in a fresh process, as the runnable of this spec, and run the probes there.
 
     Raises:
-        EvidenceError: transformers does not load the folder, or the model does not run.
+        EvidenceError: Its library does not load the folder, or the model does not run.
         InconclusiveError: The process ended for another reason (memory).
     """
     with tempfile.TemporaryDirectory(prefix="lora-deploy-") as made:
         exchange = Path(made)
         write_probes(exchange / "probes.safetensors", probes)
-        command = [sys.executable, "-m", __name__, str(folder), architecture, made, str(torch.get_num_threads())]
+        command = [sys.executable, "-m", __name__, str(folder), spec, made, str(torch.get_num_threads())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this very module
         if done.returncode == _DOES_NOT_RUN:
             raise EvidenceError(done.stderr.strip().splitlines()[-1])
@@ -107,18 +107,18 @@ def read_outputs(path: Path) -> dict[str, dict[str, Tensor]]:
     return outputs
 
 
-def main(folder: Path, architecture: str, exchange: Path, n_threads: int) -> int:
+def main(folder: Path, spec: str, exchange: Path, n_threads: int) -> int:
     """Load, run, write; give the exit status."""
-    from lora_deploy.evidence.forward import run_probes
-    from lora_deploy.evidence.loading import load_model
+    from lora_deploy.evidence.runnable import runnable_of
 
     torch.set_num_threads(n_threads)
     probes = read_probes(exchange / "probes.safetensors")
     started = time.monotonic()
     try:
-        model, missing = load_model(folder, architecture)
+        runnable = runnable_of(spec)
+        model, missing = runnable.load(folder)
         loaded = time.monotonic()
-        outputs = run_probes(model, probes)
+        outputs = runnable.run(model, probes)
     except EvidenceError as error:
         print(" ".join(error.message.split()), file=sys.stderr)  # noqa: T201 - how the child answers
         return _DOES_NOT_RUN

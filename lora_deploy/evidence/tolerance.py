@@ -21,12 +21,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_deploy.evidence.divergence import Divergence
+import torch
+
+from lora_deploy.evidence.divergence import Divergence, Divergences, join
 
 MULTIPLE = 6.0
 WORST_MULTIPLE = 16.0
 POWER = 10.0
 N_SEEDS = 3
+EXPORT_MULTIPLE = 1e4
+"""How far a base's graph may be from the base: so many times the divergence of its arithmetic, 100 times the error."""
 CLEAR_LEAD = 10.0
 """A greedy choice may turn where it leads by at most this many times the largest difference that the floors show."""
 
@@ -129,11 +133,11 @@ class Power:
         }
 
 
-def merge_share(runs: Sequence[Sequence[Divergence]], dtype: str) -> dict[str, Share]:
-    """Take the largest of several roundings by chance, by output."""
+def merge_share(runs: Sequence[Divergences], dtype: str) -> dict[str, Share]:
+    """Take the largest of several roundings by chance, by output; each run is by ``probe/output``."""
     found: dict[str, Share] = {}
     for run in runs:
-        for divergence in run:
+        for divergence in join(run):
             before = found.get(divergence.output)
             found[divergence.output] = Share(
                 name="merge",
@@ -143,6 +147,17 @@ def merge_share(runs: Sequence[Sequence[Divergence]], dtype: str) -> dict[str, S
                 source=f"unmerged against weights rounded by chance to {dtype}, {len(runs)} seeds",
             )
     return found
+
+
+def export_limit(arithmetic: float, dtype: torch.dtype) -> float:
+    """Bound the export share's mean: what float32 leaves open, for coarser formats by the square of their rounding.
+
+    Kernels add in other orders and take other functions for an exponential, which costs a few digits; a graph that
+    computes something else is off by many orders of magnitude more.
+    """
+    float32 = torch.finfo(torch.float32).eps
+    coarser = (torch.finfo(dtype).eps / float32) ** 2
+    return EXPORT_MULTIPLE * max(arithmetic, float32**2) * max(coarser, 1.0)
 
 
 def single_share(name: str, run: Sequence[Divergence], source: str) -> dict[str, Share]:

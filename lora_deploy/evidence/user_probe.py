@@ -34,7 +34,7 @@ def read_probes(path: Path, folder: Path, conventions: Conventions, architecture
         UnsafeFileError: A file lies outside the folder of the probes.
     """
     reading = _Reading(path, folder, conventions, architecture)
-    probes = tuple(reading.probe(number, entry) for number, entry in _lines(path))
+    probes = tuple(reading.probe(number, entry) for number, entry in lines_of(path))
     if not probes:
         raise InputError(f"{path}: holds no probe", hint='a line is {"prompt": "…"} or {"input_ids": [1, 2]}')
     return probes
@@ -165,7 +165,12 @@ class _Reading:
         return self._parts[name]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the lines of a probes file, with their numbers.
+
+    Raises:
+        InputError: The file cannot be read, or a line is no JSON object.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -123,6 +123,18 @@ class _Decoder(nn.Module):
         return {"sample": picture}
 
 
+def module_of(graph: str, model: Any) -> Any:  # noqa: ANN401 - torch modules
+    """Give what a component's graph is traced from: it takes and gives what the graph does, by the same names."""
+    if graph in _HALVES:
+        return _HALVES[graph](model)
+    return _WRAPPERS.get(type(model).__name__, lambda same: same)(model)
+
+
+def reads_hidden_states(pipeline: Mapping[str, Any]) -> bool:
+    """Whether pipelines of this class read their text encoders' inner layers."""
+    return str(pipeline.get("_class_name", "")).startswith(_WITH_HIDDEN_STATES)
+
+
 def stages_of_component(component: str, model: Any, pipeline: Mapping[str, Any]) -> Iterator[Stage]:  # noqa: ANN401
     """Cut one component; ``pipeline`` holds the class of the pipeline and the configurations of all components.
 
@@ -169,7 +181,7 @@ def _unet_stages(component: str, model: Any, pipeline: Mapping[str, Any]) -> Ite
             made["time_ids"] = 16 * _random(model, size.n_rows, n_ids)
         return made
 
-    yield _stage(component, _Denoiser(model), inputs)
+    yield _stage(component, model, inputs)
 
 
 def _added(config: Any, pipeline: Mapping[str, Any]) -> tuple[int, int]:  # noqa: ANN401
@@ -199,7 +211,7 @@ def _flux_stages(component: str, model: Any, _: Mapping[str, Any]) -> Iterator[S
             made["guidance"] = torch.linspace(3, 4, size.n_rows)
         return made
 
-    yield _stage(component, _Transformer(model), inputs)
+    yield _stage(component, model, inputs)
 
 
 def _sd3_stages(component: str, model: Any, _: Mapping[str, Any]) -> Iterator[Stage]:  # noqa: ANN401
@@ -214,7 +226,7 @@ def _sd3_stages(component: str, model: Any, _: Mapping[str, Any]) -> Iterator[St
             "timestep": torch.linspace(200, 700, size.n_rows),
         }
 
-    yield _stage(component, _Transformer(model), inputs)
+    yield _stage(component, model, inputs)
 
 
 def _vae_stages(_: str, model: Any, __: Mapping[str, Any]) -> Iterator[Stage]:  # noqa: ANN401
@@ -228,8 +240,8 @@ def _vae_stages(_: str, model: Any, __: Mapping[str, Any]) -> Iterator[Stage]:  
     def latents(size: _Size) -> dict[str, Tensor]:
         return {"latent_sample": _random(model, size.n_rows, config.latent_channels, size.height, size.width)}
 
-    yield _stage("vae_encoder", _Encoder(model), pictures)
-    yield _stage("vae_decoder", _Decoder(model), latents)
+    yield _stage("vae_encoder", model, pictures)
+    yield _stage("vae_decoder", model, latents)
 
 
 def _text_stage(component: str, model: Any, pipeline: Mapping[str, Any]) -> Stage:  # noqa: ANN401
@@ -241,8 +253,7 @@ def _text_stage(component: str, model: Any, pipeline: Mapping[str, Any]) -> Stag
         if isinstance(end, int) and end < config.vocab_size:
             for row in range(size.n_rows):  # the pooled output is read where the text ends
                 ids[row, size.n_tokens - 2 - row :] = end
-        reads_inside = str(pipeline.get("_class_name", "")).startswith(_WITH_HIDDEN_STATES)
-        return {"input_ids": ids, **({"output_hidden_states": True} if reads_inside else {})}
+        return {"input_ids": ids, **({"output_hidden_states": True} if reads_hidden_states(pipeline) else {})}
 
     return _stage(component, model, inputs)
 
@@ -255,9 +266,18 @@ _STAGES: Mapping[str, Callable[[str, Any, Mapping[str, Any]], Iterator[Stage]]] 
 }
 
 
-def _stage(component: str, module: nn.Module, inputs: Callable[[_Size], dict[str, Any]]) -> Stage:
+_WRAPPERS: Mapping[str, Callable[[Any], Any]] = {
+    "UNet2DConditionModel": _Denoiser,
+    "FluxTransformer2DModel": _Transformer,
+    "SD3Transformer2DModel": _Transformer,
+}
+_HALVES: Mapping[str, Callable[[Any], Any]] = {"vae_encoder": _Encoder, "vae_decoder": _Decoder}
+
+
+def _stage(component: str, model: nn.Module, inputs: Callable[[_Size], dict[str, Any]]) -> Stage:
     first, second = (inputs(size) for size in _SIZES)
-    return Stage(component=component, module=module.eval(), inputs=first, others=second)
+    module = module_of(component, model).eval()
+    return Stage(component=component, module=module, inputs=first, others=second, floats=frozenset({"timestep"}))
 
 
 def _random(model: Any, *shape: int) -> Tensor:  # noqa: ANN401

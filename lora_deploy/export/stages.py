@@ -35,6 +35,8 @@ class Stage:
     inputs: Mapping[str, Any]
     others: Mapping[str, Any]
     """The same inputs at another size."""
+    floats: frozenset[str] = frozenset()
+    """Inputs that stay float32 whatever the model's format."""
 
 
 def stages_of(model: Any) -> Iterator[Stage]:  # noqa: ANN401 - a transformers model

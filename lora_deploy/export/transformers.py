@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_deploy.errors import ExportError, Finding, Severity
 from lora_deploy.export.extras import require_transformers_exporters
+from lora_deploy.export.float_inputs import keep_float32
 from lora_deploy.export.folding import OnlyLayouts, Rule, folding_by, nothing_of_weights
 from lora_deploy.export.fusing import fuse, has_rotating_attention
 from lora_deploy.export.interface import Drawing, GraphTask
@@ -83,6 +84,7 @@ class TransformersMaker:
         rules = [nothing_of_weights if task.is_stored else OnlyLayouts(stage.module.state_dict()) for _ in range(2)]
         with _kept_trace(rules[0]) as trace:
             drawn, metadata = OnnxExporter().export_program(stage.module, dict(stage.inputs), config)
+        keep_float32(drawn, stage.floats)
         metadata.export_config = {"dynamic": True, "ort_fusions": None}
         drawn, fusion, findings = _fused(task, stage, drawn, expected, rules[0])
         metadata.export_config["ort_fusions"] = task.provider if fusion else None
@@ -92,6 +94,7 @@ class TransformersMaker:
         del drawn
         _refill(model, task, 1)
         again = trace.optimised(*names, rules[1])
+        keep_float32(again, stage.floats)
         if fusion:
             again = again.clone()  # as the first was, since new names are counted from the copy on
             fuse(again, task.provider, rules[1], rotates=fusion.rotates)

@@ -47,6 +47,11 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return prepare(model, ["query", "value"], tmp_path_factory.mktemp("classifier"), **options)
 
 
+@pytest.fixture(autouse=True)
+def _empty_cache() -> None:
+    """Have tests share the graphs that the module's fixtures made: making them again would take most of the time."""
+
+
 def checked(folder: Path, *only: Check) -> Evidence:
     return verify(folder, options=VerifyOptions(only=only, seconds=3))
 

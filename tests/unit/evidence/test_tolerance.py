@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from lora_deploy.evidence.divergence import diverge
-from lora_deploy.evidence.tolerance import Power, Share, Tolerance, merge_share
+from lora_deploy.evidence.divergence import at_positions, diverge
+from lora_deploy.evidence.tolerance import Power, Share, Tolerance, export_limit, merge_share
 
 
 def share(mean: float, largest: float, name: str = "merge") -> Share:
@@ -56,8 +56,27 @@ def test_what_would_just_show_is_the_root_because_divergences_are_quadratic() ->
 
 def test_the_merge_share_is_the_largest_of_its_seeds() -> None:
     rows = torch.randn(10, 5)
-    runs = [(diverge("logits", rows, rows + scale * torch.randn(10, 5)),) for scale in (1e-3, 3e-3, 2e-3)]
+    runs = [{"p/logits": diverge("logits", rows, rows + scale * torch.randn(10, 5))} for scale in (1e-3, 3e-3, 2e-3)]
     found = merge_share(runs, "float16")["logits"]
-    assert found.mean == max(run[0].mean for run in runs)
-    assert found.largest == max(run[0].largest for run in runs)
+    assert found.mean == max(run["p/logits"].mean for run in runs)
+    assert found.largest == max(run["p/logits"].largest for run in runs)
     assert "float16, 3 seeds" in found.source
+
+
+def test_floors_can_be_taken_at_some_positions() -> None:
+    rows = torch.randn(6, 5)
+    whole = diverge("logits", rows, rows + torch.tensor([0, 0, 0, 0, 0.1, 0.2])[:, None] * torch.randn(6, 5))
+    mask = torch.tensor([False, False, False, True, True, False])
+    parts = {"p/logits": whole, "q/logits": whole}
+    found = at_positions(parts, {"p": mask})
+    assert set(found) == {"p/logits"}
+    assert found["p/logits"].n_positions == 2
+    assert found["p/logits"].mean == pytest.approx((whole.positions[3] + whole.positions[4]) / 2)
+    assert found["p/logits"].largest == whole.positions[4]
+    assert at_positions(parts, {"p": torch.zeros(6, dtype=torch.bool)}) == {}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-8), (torch.float16, 0.67)])
+def test_no_floor_excuses_a_graph_of_something_else(dtype: torch.dtype, limit: float) -> None:
+    assert export_limit(1e-12, dtype) == pytest.approx(limit, rel=0.01)
+    assert export_limit(0.0, torch.float32) > 0
