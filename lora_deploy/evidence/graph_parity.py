@@ -94,8 +94,8 @@ def graph_subjects(
     fault = floors.fault_of_base()
     if fault is not None:
         return (_not_run(Verdict.FAIL, fault),)
-    tolerances = floors.tolerances()
-    found = [_whole(compare_subject("onnx prefill", run.prefill, reference.outputs, tolerances, run.facts), run)]
+    tolerances, facts = floors.tolerances(), {**run.facts, "export_limits": floors.limits()}
+    found = [_whole(compare_subject("onnx prefill", run.prefill, reference.outputs, tolerances, facts), run)]
     for title, names in _by_batch(run, probes).items():
         rows = {name: run.decode[name] for name in names}
         kept = {name: run.decoding[name].is_decoded for name in names}
@@ -139,16 +139,20 @@ class _Floors:
             if output in export
         }
 
+    def limits(self) -> dict[str, float]:
+        """How far the base's own graph may be from the base, by output; empty where there is none."""
+        if self.runs.base is None:
+            return {}
+        dtype = self.runs.base.dtype
+        return {entry.output: export_limit(entry.mean, dtype) for entry in self.reference.arithmetic}
+
     def fault_of_base(self) -> str | None:
         """Say which output of the base's own graph is not the base's: a floor may be no excuse for a wrong graph."""
-        if self.runs.base is None:
-            return None
-        arithmetic = {entry.output: entry.mean for entry in self.reference.arithmetic}
-        for output, share in self._export(None).items():
-            limit = export_limit(arithmetic.get(output, 0.0), self.runs.base.dtype)
-            if not share.mean <= limit:
+        shares = self._export(None)
+        for output, limit in self.limits().items():
+            if output in shares and not shares[output].mean <= limit:
                 return (
-                    f"{output}: the base's own graph is not the base: its divergence is {share.mean:.2g}, "
+                    f"{output}: the base's own graph is not the base: its divergence is {shares[output].mean:.2g}, "
                     f"where {limit:.2g} is what arithmetic could explain"
                 )
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lora_deploy.errors import LoraDeployError
 from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.parity_report import ParityReport, SubjectReport
 from lora_deploy.evidence.replay import ReplayReport
+from lora_deploy.evidence.tolerance import EXPORT_MULTIPLE
 from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.export.execute import Exported
 from lora_deploy.merge.options import MergeOptions
@@ -46,6 +48,8 @@ class Row:
     """Largest mean divergence that any graph has from PEFT's unmerged model."""
     effect: float = 0.0
     """The adapter's own, in the same measure."""
+    excess: float = 0.0
+    """How many times the divergence of float32 arithmetic the base's own graph has from the base, at most."""
     seconds: float = 0.0
     """Of the processor, for the first export of a base."""
     error: str = ""
@@ -113,7 +117,21 @@ def _figures(report: ParityReport) -> dict[str, object]:
     if worst is None:
         return {}
     effect = next((entry.mean for entry in report.effect if entry.output == worst.output), 0.0)
-    return {"measure": f"{worst.measure} of {worst.output}", "divergence": worst.mean, "effect": effect}
+    return {
+        "measure": f"{worst.measure} of {worst.output}",
+        "divergence": worst.mean,
+        "effect": effect,
+        "excess": max(_excesses(report), default=0.0),
+    }
+
+
+def _excesses(report: ParityReport) -> Iterator[float]:
+    for subject in report.subjects:
+        limits = subject.facts.get("export_limits", {})
+        for bound in subject.tolerances:
+            for share in bound.shares:
+                if share.name == "export" and bound.output in limits:
+                    yield EXPORT_MULTIPLE * share.mean / limits[bound.output]
 
 
 def _is_graph(subject: SubjectReport) -> bool:

@@ -33,7 +33,8 @@ and verified by the commands' own code. *Parity* is the verdict of `verify`: the
 onnxruntime on the CPU in float32, beside PEFT's unmerged model, over texts of several lengths, alone and padded in a
 batch, and over a cache where there is one. *Divergence* is the largest mean of any graph, *effect* the adapter's own,
 in the same measure: KL divergence in nats where there are logits, else the squared distance relative to the output's
-size. *Fused* says whether onnxruntime's own kernels are used, or the plain graph because they failed. *Seconds* are
+size. *Excess* is how many times the divergence of float32 arithmetic the base's own graph has from the base; 10,000 fail.
+*Fused* says whether onnxruntime's own kernels are used, or the plain graph because they failed. *Seconds* are
 those of one processor for the first export of a base.
 """
 
@@ -64,8 +65,8 @@ def compose(rows: dict[str, Row], about: Sequence[str]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    head = ["architecture", "class", "graphs", "fused", "parity", "divergence", "effect", "seconds"]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|---|---|"]
+    head = ["architecture", "class", "graphs", "fused", "parity", "divergence", "effect", "excess", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         is_measured = bool(row.measure)
         cells = [
@@ -76,6 +77,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
             row.parity or "not measured",
             f"{row.divergence:.1e}" if is_measured else "",
             f"{row.effect:.1e}" if is_measured else "",
+            f"{row.excess:.2g}" if is_measured else "",
             f"{row.seconds:.0f}" if row.seconds else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -14,6 +14,7 @@ GOOD = Row(
     measure="KL divergence of logits",
     divergence=1.7e-11,
     effect=2.6,
+    excess=3.14,
     seconds=17.3,
 )
 BAD = Row(name="mamba2", cls="Mamba2ForCausalLM", error="prefill: cannot be exported: RuntimeError: no such operator")
@@ -21,8 +22,8 @@ BAD = Row(name="mamba2", cls="Mamba2ForCausalLM", error="prefill: cannot be expo
 
 def test_a_proven_architecture_has_its_figures_and_another_its_error_word_for_word() -> None:
     text = compose({row.name: row for row in (GOOD, BAD)}, ["Commit: abc"])
-    assert "| llama | `LlamaForCausalLM` | decode, prefill | yes | pass | 1.7e-11 | 2.6e+00 | 17 |" in text
-    assert "| mamba2 | `Mamba2ForCausalLM` | none |  | not measured |  |  |  |" in text
+    assert "| llama | `LlamaForCausalLM` | decode, prefill | yes | pass | 1.7e-11 | 2.6e+00 | 3.1 | 17 |" in text
+    assert "| mamba2 | `Mamba2ForCausalLM` | none |  | not measured |  |  |  |  |" in text
     assert f"- **mamba2** (`Mamba2ForCausalLM`): `{BAD.error}`" in text
     assert "- Result: 1 of 2 exported and proven" in text
 

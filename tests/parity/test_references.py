@@ -244,7 +244,7 @@ def test_a_model_too_large_for_memory_is_said_before_it_is_loaded(
 ) -> None:
     case = merged_case(llama(), LINEAR, tmp_path)
     monkeypatch.setattr("lora_deploy.evidence.parity.available_bytes", lambda: 100_000)
-    monkeypatch.setattr("lora_deploy.evidence.reference_run.load_model", lambda *_: sys.exit("loaded"))
+    monkeypatch.setattr("lora_deploy.evidence.runnable.load_model", lambda *_: sys.exit("loaded"))
     report = case.parity()
     assert report.verdict is Verdict.INCONCLUSIVE
     assert "GB are free" in report.reason
