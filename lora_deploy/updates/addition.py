@@ -10,36 +10,20 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 
-from lora_deploy.updates.interface import Scale, Update
+from lora_deploy.updates.interface import Scale
+from lora_deploy.updates.whole import WholeUpdate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Addition(Update):
+class Addition(WholeUpdate):
     """Adds ``scale * values`` to a tensor of the same shape."""
 
     kind: ClassVar[str] = "addition"
 
-    values: Tensor
-    """The difference in the tensor's own shape, any floating dtype, as stored in the adapter."""
     scale: Scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """First axis by the product of the others."""
-        shape = self.values.shape
-        return (shape[0], self.values[0].numel() if shape[0] else 0) if shape else (1, 1)
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory of the values in bytes."""
-        return self.values.nbytes
-
-    def transposed(self) -> Self:
-        """Swap the two axes of a matrix."""
-        return replace(self, values=self.values.T)
 
     def weighted(self, weight: float) -> Self:
         """Multiply the scale, exactly."""

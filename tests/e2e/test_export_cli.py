@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from peft import LoraConfig
 
-from lora_deploy.cli import main
 from lora_deploy.export import plan as export_plan
 from lora_deploy.pipeline import plan_of_export
+from tests.e2e.commands import document, run
 from tests.peer.models import llama
 from tests.peer.trained import Trained, train
 from tests.unit.export.hand_made import HandMaker, checkpoint, weights
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def document(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == exit_code, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 @pytest.fixture

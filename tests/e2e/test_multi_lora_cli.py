@@ -10,26 +10,14 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from lora_deploy.cli import main
 from lora_deploy.export import plan as export_plan
 from tests.builders import save_peft
+from tests.e2e.commands import document, run
 from tests.unit.export.hand_made import HandMaker, checkpoint, weights
 
 SHAPES = {"a": (6, 8), "b": (8, 6)}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def document(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == exit_code, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 def adapter(folder: Path, rank: int, *modules: str, **config: Any) -> Path:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from peft import LoraConfig
 
-from lora_deploy.cli import main
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.pipeline import merge, verify
 from lora_deploy.release.manifest import MANIFEST_NAME
+from tests.e2e.commands import document, run
 from tests.peer.models import llama
 from tests.peer.trained import train
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def document(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
-    result = run(*arguments, "--json")
-    assert result.exit_code == exit_code, result.stderr
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 @pytest.fixture(scope="module")
