@@ -157,10 +157,47 @@ def flux(folder: Path, **saving: Any) -> Path:
     return folder
 
 
+def stable_diffusion_3(folder: Path, **saving: Any) -> Path:
+    """Save a Stable Diffusion 3: a transformer, two CLIPs and a T5 as text encoders."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel
+
+    words = clip_tokenizer(folder.with_name(f"{folder.name}-words"))
+    width = 2 * WIDTH
+    text = T5Config(vocab_size=64, d_model=width, d_ff=32, d_kv=8, num_layers=2, num_heads=2, is_encoder_decoder=False)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=width,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=32,
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=perturb(transformer, 1),
+        text_encoder=clip_text(2, projects=True),
+        text_encoder_2=clip_text(4, projects=True),
+        text_encoder_3=perturb(T5EncoderModel(text), 5),
+        vae=vae(3, shift_factor=0.1),
+        tokenizer=words,
+        tokenizer_2=words,
+        tokenizer_3=words,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    pipeline.save_pretrained(folder, **saving)
+    return folder
+
+
 UNET_TARGETS = ("to_q", "to_v", "to_out.0", "proj_in", "conv1", "conv_shortcut", "conv_in", "ff.net.2")
 """Linear layers, 3x3 and 1x1 convolutions."""
 TEXT_TARGETS = ("q_proj", "v_proj", "fc1")
 FLUX_TARGETS = ("to_q", "to_k", "proj_mlp", "x_embedder")
+SD3_TARGETS = ("to_q", "to_k", "add_v_proj", "ff.net.2")
 T5_TARGETS = ("q", "o", "wi")
 
 

@@ -36,9 +36,13 @@ class DTypes:
         usual = max(sizes, key=lambda dtype: sizes[dtype], default=DType.F32)
         return cls(by_name={name: spec.dtype for name, spec in floating.items()}, usual=usual)
 
+    def of_tensor(self, name: str) -> DType:
+        """Give the format of one."""
+        return self.by_name.get(name, self.usual)
+
     def round(self, name: str, values: Tensor, generator: torch.Generator) -> Tensor:
         """Round values by chance, block by block; gives float32."""
-        dtype = self.by_name.get(name, self.usual)
+        dtype = self.of_tensor(name)
         if dtype is DType.F64:
             return values.to(torch.float32)
         flat, found = values.reshape(-1), torch.empty(values.numel())
@@ -54,7 +58,7 @@ class DTypes:
 
     def holds(self, name: str, values: Tensor) -> bool:
         """Whether values are of the stored format already, so that rounding leaves them."""
-        dtype = self.by_name.get(name, self.usual)
+        dtype = self.of_tensor(name)
         if dtype in {DType.F64, DType.F32}:
             return values.dtype is torch.float32
         return torch.equal(values.to(torch_dtype(dtype)).to(values.dtype), values)

@@ -160,7 +160,7 @@ class _Floors:
     def _export(self, kept: Mapping[str, Tensor] | None) -> dict[str, Share]:
         if self.runs.base is not None:
             base = self.runs.base
-            found = compare_outputs(self.reference.base[base.dtype], base.prefill)
+            found = compare_outputs(self.reference.stored_base[base.dtype], base.prefill)
             source = "the base's graph against the base in torch, at the same stored weights"
             return single_share("export", join(self._at(found, kept)), source)
         return single_share("arithmetic", self.reference.arithmetic, "the base in float32 against float64")

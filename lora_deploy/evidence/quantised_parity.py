@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from lora_deploy.errors import EvidenceError
 from lora_deploy.evidence.divergence import Divergence, compare_outputs, join
 from lora_deploy.evidence.forward import LOGITS, Outputs
@@ -77,7 +75,7 @@ def _sides(
         return None
     return _Sides(
         unmerged=reference.outputs,
-        base=reference.base[torch.float32],
+        base=reference.base,
         merged=reloaded,
         graph=plain.merged,
         quantised=runs.merged,

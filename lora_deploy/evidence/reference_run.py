@@ -6,7 +6,7 @@ the merged model with weights rounded by chance, seed by seed. All in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from lora_deploy.evidence.architecture import Absence
 from lora_deploy.evidence.chanced import DTypes
 from lora_deploy.evidence.conventions import Conventions
 from lora_deploy.evidence.divergence import Divergence, Divergences, compare_outputs, join
+from lora_deploy.evidence.forward import Outputs
 from lora_deploy.evidence.loading import as_folder
 from lora_deploy.evidence.magnitude import RangeReport, recording, summarise
 from lora_deploy.evidence.probe import SEED, Probe
@@ -25,6 +26,7 @@ from lora_deploy.evidence.reference import Unmerged, unmerged
 from lora_deploy.evidence.runnable import Runnable
 from lora_deploy.evidence.tolerance import N_SEEDS
 from lora_deploy.merge.plan import MergePlan
+from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import DType
 
 N_PASSES = 2 + N_SEEDS
@@ -38,9 +40,11 @@ class ReferenceRun:
     outputs: Mapping[str, Mapping[str, Tensor]]
     effect: tuple[Divergence, ...]
     """Unmerged against base, by output."""
-    base: Mapping[torch.dtype, Mapping[str, Mapping[str, Tensor]]]
-    """The base's outputs by the format that its weights were rounded to once: those of the graphs, and float32; empty
-    where no graph is compared."""
+    base: Outputs
+    """The base's outputs, of its weights as they are; empty where no graph is compared."""
+    stored_base: Mapping[torch.dtype, Outputs]
+    """By the format of graphs, of the base's weights as these graphs hold them: rounded to the format that the merged
+    checkpoint stores them in, then to the graph's."""
     arithmetic: tuple[Divergence, ...]
     """The base in float32 against float64: what adding in another order may do; empty where no graph is compared."""
     roundings: tuple[Divergences, ...]
@@ -72,7 +76,7 @@ def run_reference(
         model, missing = runnable.load(folder, **_settings(plan))
     _resize(model, plan)
     base = runnable.run(model, probes, greedy=False)
-    stored, arithmetic = _for_graphs(runnable, model, probes, base, graph_dtypes)
+    stored, arithmetic = _for_graphs(runnable, model, probes, base, dtypes, graph_dtypes)
     advance(n_bytes)
     with unmerged(model, plan) as found:
         if isinstance(found, Absence):
@@ -81,7 +85,7 @@ def run_reference(
             outputs = runnable.run(found.model, probes)
         advance(n_bytes)
         effect = join(compare_outputs(outputs, base))
-        del base
+        base = base if graph_dtypes else {}
         roundings = []
         for seed in range(N_SEEDS):
             roundings.append(_rounding(runnable, found, outputs, probes, dtypes, SEED + seed))
@@ -89,7 +93,8 @@ def run_reference(
     return ReferenceRun(
         outputs=outputs,
         effect=effect,
-        base=stored,
+        base=base,
+        stored_base=stored,
         arithmetic=arithmetic,
         roundings=tuple(roundings),
         magnitudes=summarise(magnitudes, applies=dtypes.usual is DType.F16),
@@ -103,23 +108,36 @@ def _for_graphs(
     runnable: Runnable,
     model: nn.Module,
     probes: Sequence[Probe],
-    base: Mapping[str, Mapping[str, Tensor]],
-    dtypes: AbstractSet[torch.dtype],
-) -> tuple[Mapping[torch.dtype, Mapping[str, Mapping[str, Tensor]]], tuple[Divergence, ...]]:
-    """Run the base at the weights that graphs store, and in float64; the model is float32 as before."""
-    if not dtypes:
+    base: Outputs,
+    dtypes: DTypes,
+    graph_dtypes: AbstractSet[torch.dtype],
+) -> tuple[Mapping[torch.dtype, Outputs], tuple[Divergence, ...]]:
+    """Run the base at the weights that graphs hold, and in float64; the model is float32 as before."""
+    if not graph_dtypes:
         return {}, ()
     arithmetic = join(compare_outputs(runnable.run(model.double(), probes, greedy=False), base))
     model.float()
-    found = {torch.float32: base}
-    saved = {name: parameter.data for name, parameter in model.named_parameters()}
-    for dtype in dtypes - found.keys():
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype).float()
-        found[dtype] = runnable.run(model, probes, greedy=False)
-        for name, parameter in model.named_parameters():
-            parameter.data = saved[name]
+    found: dict[torch.dtype, Outputs] = {}
+    stored = dict(_stored_tensors(model, dtypes))
+    saved = {name: tensor.data for name, tensor in stored.items()}
+    for dtype in graph_dtypes:
+        is_rounded = False
+        for name, tensor in stored.items():
+            held = tensor.data.to(torch_dtype(dtypes.of_tensor(name))).to(dtype).float()
+            is_rounded |= not torch.equal(held, tensor.data)
+            tensor.data = held
+        found[dtype] = runnable.run(model, probes, greedy=False) if is_rounded else base
+        for name, tensor in stored.items():
+            tensor.data = saved[name]
     return found, arithmetic
+
+
+def _stored_tensors(model: nn.Module, dtypes: DTypes) -> Iterator[tuple[str, Tensor]]:
+    """Give parameters, and the buffers that the checkpoint stores: tables of positions, running means."""
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    for name, buffer in model.named_buffers():
+        if name in dtypes.by_name and buffer.is_floating_point():
+            yield name, buffer
 
 
 def _rounding(

@@ -84,12 +84,13 @@ KINDS = {
     "sd": (tiny.stable_diffusion, "unet", tiny.UNET_TARGETS),
     "sdxl": (tiny.stable_diffusion_xl, "text_encoder_2", tiny.TEXT_TARGETS),
     "flux": (tiny.flux, "transformer", tiny.FLUX_TARGETS),
+    "sd3": (tiny.stable_diffusion_3, "transformer", tiny.SD3_TARGETS),
 }
 
 
 @pytest.fixture(
     scope="module",
-    params=["sd", pytest.param("sdxl", marks=pytest.mark.nightly), pytest.param("flux", marks=pytest.mark.nightly)],
+    params=["sd", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("sdxl", "flux", "sd3"))],
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     save, component, targets = KINDS[request.param]
@@ -147,6 +148,16 @@ def test_the_denoiser_says_what_diffusers_says(case: Case, size: tuple[int, int,
         expected = case.torch.transformer(**inputs).sample
         assert_alike(case.run("transformer", inputs)["out_hidden_states"], expected, "transformer")
         return
+    if case.name == "sd3":
+        inputs = {
+            "hidden_states": torch.randn(n_rows, 4, height, width),
+            "encoder_hidden_states": torch.randn(n_rows, n_tokens, 2 * tiny.WIDTH),
+            "pooled_projections": torch.randn(n_rows, 2 * tiny.WIDTH),
+            "timestep": 999 * torch.rand(n_rows),
+        }
+        expected = case.torch.transformer(**inputs).sample
+        assert_alike(case.run("transformer", inputs)["out_hidden_states"], expected, "transformer")
+        return
     is_xl = case.name == "sdxl"
     inputs = {
         "sample": torch.randn(n_rows, 4, height, width),
@@ -179,7 +190,7 @@ def test_text_encoders_say_what_transformers_says(case: Case, size: tuple[int, i
         found = case.run(graph, {"input_ids": ids})
         expected = getattr(case.torch, graph)(ids, output_hidden_states=True)
         inner = {name for name in found if name.startswith("hidden_states.")}
-        assert bool(inner) == (case.name == "sdxl")
+        assert bool(inner) == (case.name in {"sdxl", "sd3"})
         for name in found.keys() - inner:
             assert_alike(found[name], getattr(expected, name), f"{graph}: {name}")
         for name in inner:
@@ -188,8 +199,9 @@ def test_text_encoders_say_what_transformers_says(case: Case, size: tuple[int, i
 
 def test_the_folder_is_what_optimums_pipelines_read(case: Case) -> None:
     root = case.exported.root
-    denoiser = "transformer" if case.name == "flux" else "unet"
-    encoders = ["text_encoder"] if case.name == "sd" else ["text_encoder", "text_encoder_2"]
+    denoiser = "transformer" if case.name in {"flux", "sd3"} else "unet"
+    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    encoders = encoders[: {"sd": 1, "sdxl": 2, "flux": 2, "sd3": 3}[case.name]]
     graphs = {denoiser, "vae_encoder", "vae_decoder", *encoders}
     assert set(case.exported.graphs) == graphs
     for graph in graphs:
