@@ -29,8 +29,8 @@ MULTIPLE = 6.0
 WORST_MULTIPLE = 16.0
 POWER = 10.0
 N_SEEDS = 3
-EXPORT_MULTIPLE = 1e4
-"""How far a base's graph may be from the base: so many times the divergence of its arithmetic, 100 times the error."""
+EXPORT_MULTIPLE = 1e3
+"""How far a base's graph may be from the base: so many times the divergence of its arithmetic, 30 times the error."""
 CLEAR_LEAD = 10.0
 """A greedy choice may turn where it leads by at most this many times the largest difference that the floors show."""
 

@@ -275,7 +275,7 @@ IMAGES_AND_SOUND = (
         cls="PaliGemmaForConditionalGeneration",
         kind="paligemma",
         options=_PALIGEMMA,
-        fault="the graph is not the model",
+        fault="the base's own graph is not the base",
     ),
     Architecture(
         name="qwen2_vl",

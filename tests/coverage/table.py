@@ -33,7 +33,7 @@ and verified by the commands' own code. *Parity* is the verdict of `verify`: the
 onnxruntime on the CPU in float32, beside PEFT's unmerged model, over texts of several lengths, alone and padded in a
 batch, and over a cache where there is one. *Divergence* is the largest mean of any graph, *effect* the adapter's own,
 in the same measure: KL divergence in nats where there are logits, else the squared distance relative to the output's
-size. *Excess* is how many times float32 arithmetic's divergence the base's own graph has from the base; 10,000 fail.
+size. *Excess* is how many times float32 arithmetic's divergence the base's own graph has from the base; 1,000 fail.
 *Fused* says whether onnxruntime's own kernels are used, or the plain graph because they failed. *Seconds* are
 those of one processor for the first export of a base.
 """
