@@ -11,18 +11,18 @@ Source: Roy and Vetterli, The effective rank: a measure of effective dimensional
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import singledispatch
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_deploy.adapter import Adapter, BaseHint, Experts, ModuleUpdate
+from lora_deploy.adapter import Adapter, BaseHint, Experts, ModuleUpdate, OfWeight, Shapeless
 from lora_deploy.errors import Finding, Severity
 from lora_deploy.updates.addition import Addition
 from lora_deploy.updates.dora import Dora
-from lora_deploy.updates.interface import Scale
+from lora_deploy.updates.interface import Scale, Update
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.updates.residual import WithoutComponent
@@ -33,8 +33,8 @@ from lora_deploy.updates.token_rows import TokenRows
 class Measured:
     """What the tensors of one update show; None is what does not apply to its kind."""
 
-    shape: tuple[int, ...]
-    """Of what it changes, as the file lays it out."""
+    shape: tuple[int | None, ...]
+    """Of what it changes, as the file lays it out; None is a side that only the base tells."""
     dtype: str
     """As stored, such as ``float16``; several are joined by commas."""
     rank: int | None = None
@@ -62,6 +62,10 @@ class ModuleReport:
     """Its name in ``KINDS``; ``experts`` for a stack whose parameter only the base tells."""
     measured: Measured
     keys: tuple[str, ...]
+    component: str | None = None
+    """Component of a pipeline, where the file names one."""
+    method: str = ""
+    """What its trainer calls it, where a file may have several methods."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +80,17 @@ class Inspection:
     sha256: str
     base_hint: BaseHint
     modules: tuple[ModuleReport, ...]
+    tuner: str | None = None
+    """PEFT's name of the method, where it is not LORA."""
+    trained_with: str | None = None
+    """What the file says of its training."""
     findings: tuple[Finding, ...]
     """What the reader noticed (untrained modules among it), then what the figures show."""
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
     """Measure every update of an adapter, in float64."""
-    modules = tuple(_report(module_update) for module_update in adapter.updates)
+    modules = (*map(_report, adapter.updates), *_waiting(adapter))
     return Inspection(
         path=adapter.path,
         name=adapter.name,
@@ -90,9 +98,28 @@ def inspect_adapter(adapter: Adapter) -> Inspection:
         n_bytes=adapter.path.stat().st_size,
         sha256=adapter.sha256,
         base_hint=adapter.base_hint,
+        tuner=_tuner(adapter),
+        trained_with=adapter.trained_with,
         modules=modules,
         findings=(*adapter.findings, *_surprises(modules)),
     )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Find every tensor that an update is made of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
+
+
+def _tuner(adapter: Adapter) -> str | None:
+    named = adapter.config.get("peft_type") if adapter.format == "peft" else None
+    return named if isinstance(named, str) and named != "LORA" else None
 
 
 def singular_values(low_rank: LowRank) -> Tensor:
@@ -118,13 +145,52 @@ def effective_rank(values: Tensor) -> float:
 def _report(module_update: ModuleUpdate) -> ModuleReport:
     update = module_update.update
     kind = "experts" if isinstance(update, Experts) else update.kind
-    return ModuleReport(target=module_update.target, kind=kind, measured=_measured(update), keys=module_update.keys)
+    return ModuleReport(
+        target=module_update.target,
+        kind=kind,
+        measured=_measured(update),
+        keys=module_update.keys,
+        component=module_update.components[0] if module_update.components else None,
+        method=module_update.method,
+    )
+
+
+def _waiting(adapter: Adapter) -> Iterator[ModuleReport]:
+    """Report the modules whose updates only the whole base tells."""
+    wide = adapter.model_wide
+    if wide is not None:
+        for path, sides in wide.paths.items():
+            measured = Measured(shape=sides, dtype=wide.dtype)
+            yield ModuleReport(target=f"{path}.weight", kind=wide.kind, measured=measured, keys=wide.keys_of(path))
 
 
 @singledispatch
 def _measured(update: object) -> Measured:
     message = f"no figures for a {type(update).__name__}"
     raise NotImplementedError(message)
+
+
+@_measured.register
+def _(update: Update) -> Measured:
+    """Kinds whose Δ is no product of two factors of the file: what can be said without forming it."""
+    trained = [tensor for tensor in _tensors(update) if tensor.is_floating_point()]
+    return Measured(
+        shape=update.shape,
+        dtype=_dtypes(*trained),
+        scale=getattr(update, "scale", None),
+        is_finite=_all_finite(*trained),
+    )
+
+
+@_measured.register
+def _(update: Shapeless) -> Measured:
+    return Measured(shape=update.known, dtype=_dtypes(*update.tensors), is_finite=_all_finite(*update.tensors))
+
+
+@_measured.register
+def _(update: OfWeight) -> Measured:
+    trained = () if update.column is None else (update.column,)
+    return Measured(shape=(None,), dtype=_dtypes(*trained) or "float32", is_finite=_all_finite(*trained))
 
 
 @_measured.register

@@ -6,15 +6,16 @@ the digest of every file, and they are the release's.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lora_deploy.artifact import Artifact, remember_sha256, sha256_of
-from lora_deploy.errors import DigestMismatchError, OutputExistsError, ReleaseError
-from lora_deploy.hubs.huggingface import git_sha1
-from lora_deploy.hubs.interface import Hub, Preview
+from lora_deploy.errors import DigestMismatchError, MergeError, OutputExistsError, PushError, ReleaseError
+from lora_deploy.hubs.interface import Hub, Preview, Tags, is_left_by_client
 from lora_deploy.hubs.open import open_hub
 from lora_deploy.hubs.options import PushOptions
+from lora_deploy.hubs.repository import digest_like
 from lora_deploy.merge.output import abandon, locked, publish, remove, tidy
 from lora_deploy.merge.progress import Progress, reporting
 from lora_deploy.release.manifest import (
@@ -43,6 +44,10 @@ class Receipt:
     digests: dict[str, str]
     """Read back from the target, by path."""
     notes: tuple[str, ...] = ()
+    pull_request: str | None = None
+    """Its address, where one was opened."""
+    tag: str | None = None
+    """The tag that was set."""
 
 
 def preview(root: Path, target: str, options: PushOptions) -> Preview:
@@ -71,8 +76,10 @@ def push(root: Path, target: str, options: PushOptions, progress: Progress | Non
     with open_hub(target, options) as hub:
         published = hub.publish(root, files, f"Release {manifest.name} with lora-deploy", progress)
         digests = dict(hub.read_back(root, files, published))
-    for file in files:
-        _require_same(root, file, digests[str(file.path)], published.url)
+        for file in files:
+            _require_same(root, file, digests[str(file.path)], published.url)
+        if isinstance(hub, Tags):
+            hub.set_tag(published)
     return Receipt(
         target=target,
         revision=published.revision,
@@ -81,13 +88,19 @@ def push(root: Path, target: str, options: PushOptions, progress: Progress | Non
         n_sent_bytes=published.n_sent_bytes,
         digests=digests,
         notes=published.notes,
+        pull_request=published.pull_request,
+        tag=options.tag,
     )
 
 
 def _require_same(root: Path, file: Artifact, digest: str, url: str) -> None:
-    expected = git_sha1(root / file.path) if digest.startswith("git-sha1:") else f"sha256:{file.sha256}"
+    expected = digest_like(root, file, digest)
     if digest != expected:
-        raise DigestMismatchError(f"{url}: {file.path}: the target says {digest}, expected {expected}")
+        raise PushError(
+            f"{url}: {file.path}: the target says {digest}, expected {expected}",
+            hint="what is there is not the release: do not use it, and push again",
+            code="digest-mismatch",
+        )
 
 
 def pull(target: str, out: Path, options: PushOptions, progress: Progress | None = None) -> Manifest:
@@ -101,13 +114,18 @@ def pull(target: str, out: Path, options: PushOptions, progress: Progress | None
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out}: is in the way", hint="choose another folder")
-    with open_hub(target, options) as hub, locked(out) as partial:
+    with open_hub(target, options) as hub:
         try:
-            manifest = _fetch(hub, partial, progress)
-            publish(partial, out)
-        finally:
-            if partial.exists():
-                abandon(partial)
+            with locked(out) as partial:
+                try:
+                    manifest = _fetch(hub, partial, progress)
+                    publish(partial, out)
+                finally:
+                    if partial.exists():
+                        abandon(partial)
+        except MergeError as error:
+            error.hint = error.hint and error.hint.replace("-o", "folder")  # as those who merge call it
+            raise
     for file in manifest.files:
         remember_sha256(out / file.path, file.sha256)
     tidy(out)
@@ -122,12 +140,10 @@ def _fetch(hub: Hub, folder: Path, progress: Progress | None) -> Manifest:
         raise ReleaseError(f"{hub.url}: its manifest has {listing[MANIFEST_NAME]} bytes", code="no-release")
     _save(hub, MANIFEST_NAME, folder)
     manifest = read_manifest(folder)
-    missing = [file.path for file in manifest.files if file.path not in listing]
-    if missing:
-        raise ReleaseError(f"{hub.url}: lacks {missing[0]}, which its manifest names", code="missing-file")
+    wanted = {file.path for file in manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
+    _require_exactly(hub, listing, manifest, wanted)
     if SIGNATURE_NAME in listing:
         _save(hub, SIGNATURE_NAME, folder)
-    wanted = {file.path for file in manifest.files} | {MANIFEST_NAME, SIGNATURE_NAME}
     for name, _ in list(walk(folder)):
         if name not in wanted:
             remove(folder / name)
@@ -142,6 +158,20 @@ def _fetch(hub: Hub, folder: Path, progress: Progress | None) -> Manifest:
                     raise DigestMismatchError(f"{what}: found sha256 {found.sha256}, expected {file.sha256}")
             advance(file.n_bytes)
     return manifest
+
+
+def _require_exactly(hub: Hub, listing: Mapping[str, int], manifest: Manifest, wanted: Collection[str]) -> None:
+    """Compare the names at the target with the manifest."""
+    missing = [file.path for file in manifest.files if file.path not in listing]
+    if missing:
+        raise ReleaseError(f"{hub.url}: lacks {missing[0]}, which its manifest names", code="missing-file")
+    extra = sorted(path for path in listing if path not in wanted and not is_left_by_client(path))
+    if extra:
+        raise ReleaseError(
+            f"{hub.url}: holds {extra[0]}{' and others' if len(extra) > 1 else ''}, which its manifest does not name",
+            hint="it was changed after it was pushed: push the release again",
+            code="extra-file",
+        )
 
 
 def _save(hub: Hub, name: str, folder: Path) -> Artifact:

@@ -30,8 +30,8 @@ Reference: TypeAlias = "str | PathLike[str]"
 References: TypeAlias = "Reference | Sequence[Reference]"
 
 
-def named_base(adapters: Sequence[Adapter]) -> str:
-    """Find the base that adapters name or carry.
+def named_base(adapters: Sequence[Adapter], *, dequantize: bool = False) -> str:
+    """Find the base that adapters name or carry; with ``dequantize`` it may be a quantised one.
 
     Raises:
         RecipeError: None of them does, or they name different ones.
@@ -43,7 +43,8 @@ def named_base(adapters: Sequence[Adapter]) -> str:
         raise RecipeError(f"adapters were trained on different bases: {listed}", hint="choose one with --base")
     if named:
         base = max(named, key=lambda hint: "@" in hint)
-        _refuse_quantised_name(named[base], base)
+        if not dequantize:
+            _refuse_quantised_name(named[base], base)
         return base
     carriers = {adapter.path for adapter in adapters if _carries_base(adapter)}
     if len(carriers) == 1:
@@ -65,7 +66,7 @@ def _refuse_quantised_name(adapter: Adapter, base: str) -> None:
     if original is not None:
         raise InputError(
             f"{adapter.path}: was trained on {base}, which is quantised: packed weights cannot take an update",
-            hint=f"merge it into the 16-bit original: --base {original}",
+            hint=f"merge it into the 16-bit original: --base {original}, or unpack this one: --dequantize",
             code="quantised-base",
         )
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -98,7 +99,8 @@ def write_file(path: Path, header: bytes, chunks: Iterable[memoryview], *, root:
         DiskSpaceError: The file system is full, or a file size limit was reached.
         MergeError: The file cannot be written for another reason.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # By process and chance: tasks on several machines may write one file on a file system that they share.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     digest = hashlib.sha256(header)
     n_bytes, n_flushing = len(header), 0
     hashing: deque[Future[None]] = deque()

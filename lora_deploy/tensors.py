@@ -19,6 +19,7 @@ class DType(StrEnum):
     BF16 = "BF16"
     F8_E5M2 = "F8_E5M2"
     F8_E4M3 = "F8_E4M3"
+    F8_E8M0 = "F8_E8M0"
     C64 = "C64"
     I64 = "I64"
     I32 = "I32"
@@ -62,6 +63,7 @@ _N_BYTES = {
     DType.BF16: 2,
     DType.F8_E5M2: 1,
     DType.F8_E4M3: 1,
+    DType.F8_E8M0: 1,
     DType.C64: 8,
     DType.I64: 8,
     DType.I32: 4,
@@ -81,6 +83,7 @@ _LONG_NAMES = {
     DType.BF16: "bfloat16",
     DType.F8_E5M2: "float8_e5m2",
     DType.F8_E4M3: "float8_e4m3fn",
+    DType.F8_E8M0: "float8_e8m0fnu",
     DType.C64: "complex64",
     DType.I64: "int64",
     DType.I32: "int32",

@@ -31,8 +31,10 @@ class NotTorchFileError(InputError):
     """The bytes are no state dict; adapters and checkpoints re-raise it under their own name."""
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, *, pairs_of: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a pickled state dict; those that share storage still do.
+
+    With ``pairs_of``, a list of tensors is read too: as pairs ``<pairs_of>:<i>:up`` and ``:down``.
 
     Raises:
         NotTorchFileError: Damaged, or not a map from names to tensors.
@@ -52,7 +54,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise _unpickling_error(path, error) from error
     except (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise NotTorchFileError(f"{path}: not a readable torch file: {_first_line(error)}") from error
+    if pairs_of is not None and isinstance(content, list):
+        content = _numbered(path, content, pairs_of)
     return _state_dict(path, content)
+
+
+def _numbered(path: Path, content: list[Any], name: str) -> dict[str, Any]:
+    if len(content) % 2 or not all(isinstance(value, Tensor) for value in content):
+        raise NotTorchFileError(f"{path}: a list of {len(content)} entries, expected pairs of tensors: up, down …")
+    return {f"{name}:{k // 2}:{('up', 'down')[k % 2]}": value for k, value in enumerate(content)}
 
 
 def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> NotTorchFileError | UnsafeFileError:

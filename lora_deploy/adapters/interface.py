@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_deploy.adapter import Adapter
+
+Container: TypeAlias = Literal["safetensors", "pickle", "npz", "gguf", "onnx_adapter"]
+"""What kind of file holds an adapter's tensors."""
+STATE_DICTS: frozenset[Container] = frozenset({"safetensors", "pickle"})
+"""Containers of readers that name no ``containers`` of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,8 @@ class ReadOptions:
     """Which equal parts of a merged linear layer (loralib) are adapted."""
     base_is_residual: bool = False
     """The base given is the residual that training wrote, not the original model."""
+    mlx_legacy_alpha: bool = False
+    """The MLX adapter was trained while mlx-lm multiplied its scale by alpha / rank (January to June 2024)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,11 +45,12 @@ class AdapterFile:
     name: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    """The safetensors header's metadata."""
+    """What the file says about itself: the metadata of a safetensors or GGUF header."""
     config: Mapping[str, Any] | None
     """``adapter_config.json`` beside the file, or None."""
     config_path: Path | None
     sha256: str
+    container: Container = "safetensors"
 
 
 class AdapterReader(Protocol):

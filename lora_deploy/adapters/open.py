@@ -14,9 +14,10 @@ from typing import Any
 
 from lora_deploy.adapter import Adapter
 from lora_deploy.adapters import READERS
-from lora_deploy.adapters.interface import AdapterFile, AdapterReader, ReadOptions
+from lora_deploy.adapters.interface import STATE_DICTS, AdapterFile, AdapterReader, ReadOptions
 from lora_deploy.adapters.tensor_file import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX, read_tensors
-from lora_deploy.adapters.unsupported import refuse_container, refuse_format
+from lora_deploy.adapters.torchtune_signs import OWN_NAME
+from lora_deploy.adapters.unsupported import refuse_format
 from lora_deploy.artifact import cached_sha256
 from lora_deploy.checkpoint import contained_path, read_json
 from lora_deploy.errors import (
@@ -31,8 +32,9 @@ from lora_deploy.safetensors_file import find_stand_in
 
 CONFIG_NAME = "adapter_config.json"
 _WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_OTHER_WEIGHT_NAMES = ("adapters.safetensors", "adapters.npz", "lit_model.pth.lora")
+"""What other trainers call them, beside checkpoints of the same run under other names: mlx-lm, litgpt."""
 _OTHER_SUFFIXES = frozenset({".npz", ".gguf", ".onnx_adapter"})
-"""Containers of formats that are refused by name."""
 _TRAINER_FILES = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
 """What a trainer leaves beside the weights under the same suffixes."""
 
@@ -50,6 +52,7 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
     file = open_adapter(path)
     refuse_format(file)
     readers: list[AdapterReader] = [entry.load() for entry in READERS]
+    readers = [reader for reader in readers if file.container in getattr(reader, "containers", STATE_DICTS)]
     found = [reader for reader in readers if reader.recognises(file)]
     if len(found) > 1:
         raise AmbiguousAdapterFormatError(
@@ -69,7 +72,7 @@ def open_adapter(path: Path) -> AdapterFile:
     """Open a weights file, or the one weights file of a folder, with the configuration beside it.
 
     Raises:
-        InputError: No such file, damaged, a link out of the folder, or a container of an unsupported format.
+        InputError: No such file, damaged, a link out of the folder, or a package that reads it is missing.
     """
     if path.is_dir():
         weights = _weights_in(path)
@@ -83,8 +86,7 @@ def open_adapter(path: Path) -> AdapterFile:
         raise MalformedAdapterError(f"{weights}: is a configuration, not weights", hint="name the folder instead")
     config_path = weights.parent / CONFIG_NAME
     config = read_config(config_path) if config_path.exists() or config_path.is_symlink() else None
-    refuse_container(weights)
-    tensors, metadata = read_tensors(weights)
+    container, tensors, metadata = read_tensors(weights)
     return AdapterFile(
         path=weights,
         name=name,
@@ -93,6 +95,7 @@ def open_adapter(path: Path) -> AdapterFile:
         config=config,
         config_path=config_path if config is not None else None,
         sha256=cached_sha256(weights),
+        container=container,
     )
 
 
@@ -117,7 +120,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in _WEIGHT_NAMES:
+    for name in (OWN_NAME, *_WEIGHT_NAMES, *_OTHER_WEIGHT_NAMES):
         if (folder / name).exists() or (folder / name).is_symlink():
             return _contained(folder, name)
     suffixes = {SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, *_OTHER_SUFFIXES}

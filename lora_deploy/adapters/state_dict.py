@@ -22,6 +22,7 @@ from lora_deploy.adapters.factors import check_finite, factor, is_zero
 from lora_deploy.adapters.interface import AdapterFile, ReadOptions
 from lora_deploy.adapters.keys import is_computed_buffer, unwrapped
 from lora_deploy.adapters.layouts import lay_out, lay_out_convolution
+from lora_deploy.adapters.litgpt import is_litgpt
 from lora_deploy.errors import Finding, MalformedAdapterError, Severity
 from lora_deploy.updates.interface import Scale
 from lora_deploy.updates.low_rank import LowRank
@@ -40,7 +41,7 @@ class StateDictReader:
     def recognises(self, file: AdapterFile) -> bool:
         """Whether factors are bare parameters and no PEFT configuration says otherwise."""
         is_peft = file.config is not None and ("peft_type" in file.config or "lora_alpha" in file.config)
-        return not is_peft and any(_FACTOR.match(key) for key in file.tensors)
+        return not is_peft and not is_litgpt(file) and any(_FACTOR.match(key) for key in file.tensors)
 
     def read(self, file: AdapterFile, options: ReadOptions) -> Adapter:
         """Turn the file into updates.

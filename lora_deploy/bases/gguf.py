@@ -23,26 +23,23 @@ plain one; without it, it keeps a quantizer that refuses ``save_pretrained`` alt
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_deploy import errors
 from lora_deploy.artifact import cache_root, cached_sha256
+from lora_deploy.bases.cache import check_room, only_one_at, partial_folder, sweep
 from lora_deploy.errors import (
-    DiskSpaceError,
     InputError,
     LoraDeployError,
     MalformedCheckpointError,
@@ -93,7 +90,7 @@ def import_gguf(path: Path, destination: Path, *, dequantize: bool = False) -> I
         raise OutputExistsError(f"{destination}: exists already", hint="remove it or choose another folder")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _partial_folder(destination) as partial:
+        with partial_folder(destination) as partial:
             peak_bytes = _convert_in_own_process(path, partial)
             partial.rename(destination)
         sync_folder(destination.parent)
@@ -116,11 +113,10 @@ def cached_gguf(path: Path, *, dequantize: bool = False) -> ImportedBase:
     _check_magic(path)
     _check_packages()
     folder = cache_root() / "bases" / f"{path.stem}-{_cache_key(path)}"
-    with _only_one_at(folder):
+    with only_one_at(folder):
         if folder.is_dir():
             return ImportedBase(folder=folder, peak_bytes=None)
-        for stale in folder.parent.glob(f"{glob.escape(folder.name)}.*.partial"):
-            shutil.rmtree(stale, ignore_errors=True)
+        sweep(folder)
         return import_gguf(path, folder, dequantize=True)
 
 
@@ -153,33 +149,6 @@ def _cache_key(path: Path) -> str:
             versions[name] = importlib.metadata.version(name)
     made_of = {"sha256": cached_sha256(path), "versions": versions}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def _only_one_at(folder: Path) -> Iterator[None]:
-    """Hold a lock beside the folder; the system drops it when the process dies."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stream = folder.with_name(f"{folder.name}.lock").open("w")
-    except OSError as error:
-        raise writing_error(folder, error) from error
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _partial_folder(destination: Path) -> Iterator[Path]:
-    """Make a folder beside the destination, gone at the end unless renamed.
-
-    Its name is new every time: when a run is killed, its child may still be writing for a moment.
-    """
-    partial = Path(tempfile.mkdtemp(prefix=f"{destination.name}.", suffix=".partial", dir=destination.parent))
-    try:
-        partial.chmod(0o755)
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _convert_in_own_process(path: Path, partial: Path) -> int:
@@ -235,7 +204,7 @@ def _unpack(source: Path, folder: Path) -> None:
             raise InputError(f"{source}: cannot be unpacked: {type(error).__name__}: {one_line}") from error
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     torch.nn.Module.to(model, narrowest_exact_dtype(tensors))
-    _check_room(folder, sum(parameter.nbytes for parameter in model.parameters()))
+    check_room(folder, sum(parameter.nbytes for parameter in model.parameters()) + _TOKENIZER_BYTES)
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -287,15 +256,6 @@ def narrowest_exact_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
         if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in tensors):
             return dtype
     return torch.float32
-
-
-def _check_room(folder: Path, n_bytes: int) -> None:
-    need, free = n_bytes + _TOKENIZER_BYTES, shutil.disk_usage(folder).free
-    if need > free:
-        raise DiskSpaceError(
-            f"{folder}: found {free} free bytes, the unpacked base needs {need}",
-            hint="free some space or set LORA_DEPLOY_CACHE to a folder elsewhere",
-        )
 
 
 def _flush_to_disk(folder: Path) -> None:

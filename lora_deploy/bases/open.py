@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lora_deploy.bases.hub import is_hub_id, local_folder
-from lora_deploy.bases.quantised import refuse_quantised
+from lora_deploy.bases.quantised import dequantised_finding, quantisation_of, refuse_quantised
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef, has_weights, open_checkpoint, read_json
 from lora_deploy.errors import InputError, MalformedCheckpointError
 from lora_deploy.pipeline_layout import MODEL_INDEX, PLAIN_WEIGHTS
@@ -19,8 +20,8 @@ _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})  # as torch_file'
 def open_base(reference: str, *, dequantize: bool = False, variant: str | None = None) -> Checkpoint:
     """Open a base as a folder of safetensors files; a local path wins over a hub id of the same name.
 
-    GGUF files (with ``dequantize``) and pickled weights are converted once, below the cache folder. ``variant`` is
-    which weights of a diffusion pipeline are meant where it has several, such as ``fp16``.
+    GGUF files and quantised weights (with ``dequantize``) and pickled ones are converted once, below the cache folder.
+    ``variant`` is which weights of a diffusion pipeline are meant where it has several, such as ``fp16``.
 
     Raises:
         InputError: No such base, or it is not what it claims to be, or its weights are quantised.
@@ -33,6 +34,10 @@ def open_base(reference: str, *, dequantize: bool = False, variant: str | None =
         path, revision = _from_hub(reference, variant)
     name = reference if revision is None else reference.partition("@")[0]
     checkpoint = _open_path(path, CheckpointRef(name=name, revision=revision), dequantize=dequantize, variant=variant)
+    if dequantize and not checkpoint.components and quantisation_of(checkpoint) is not None:
+        from lora_deploy.bases.dequantise import dequantised
+
+        checkpoint = dequantised(checkpoint)
     for part in (checkpoint, *checkpoint.components.values()):
         refuse_quantised(part)
     return checkpoint
@@ -73,7 +78,8 @@ def _open_path(path: Path, ref: CheckpointRef, *, dequantize: bool, variant: str
     if suffix == ".gguf":
         from lora_deploy.bases.gguf import cached_gguf
 
-        return open_checkpoint(cached_gguf(path, dequantize=dequantize).folder, ref=ref)
+        unpacked = open_checkpoint(cached_gguf(path, dequantize=dequantize).folder, ref=ref)
+        return replace(unpacked, findings=(*unpacked.findings, dequantised_finding(ref, "weights were packed (GGUF)")))
     if suffix in _PICKLE_SUFFIXES:
         from lora_deploy.bases.torch_base import converted
 

@@ -7,7 +7,6 @@ whole or not at all, named by the digests of what it was made from. Nothing in t
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,18 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_deploy.artifact import cache_root, cached_sha256
+from lora_deploy.artifact import cached_sha256
+from lora_deploy.bases.cache import companions_of, made_once, write_index
 from lora_deploy.checkpoint import contained_path, read_json
 from lora_deploy.errors import MalformedCheckpointError
 from lora_deploy.names import NameIndex, ties_of
-from lora_deploy.safetensors_file import format_header, sync_folder, write_file, writing_error
+from lora_deploy.safetensors_file import format_header, write_file
 from lora_deploy.tensors import DType, TensorSpec
 from lora_deploy.torch_file import NotTorchFileError, read_state_dict
 
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
-_WEIGHT_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf"})
-_MAX_COMPANION_BYTES = 100_000_000
 
 
 def torch_files_of(folder: Path) -> tuple[str, ...]:
@@ -49,31 +47,15 @@ def converted(folder: Path, files: Sequence[str]) -> Path:
         DiskSpaceError: The cache's file system is full.
     """
     paths = [contained_path(folder, file) for file in files]
-    companions = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.stat().st_size <= _MAX_COMPANION_BYTES
-    ]
+    companions = companions_of(folder)
     key = hashlib.sha256("".join(map(cached_sha256, (*paths, *companions))).encode()).hexdigest()
-    target = cache_root() / "bases" / f"{folder.resolve().name}-{key[:32]}"
-    if target.is_dir():
-        return target
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+
+    def make(partial: Path) -> None:
         for path in companions:
             shutil.copyfile(path, partial / path.name)
         _convert(paths, partial, read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
-        partial.rename(target)
-        sync_folder(target.parent)
-    except OSError as error:
-        if target.is_dir():  # another process was faster
-            return target
-        raise writing_error(target, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+
+    return made_once(f"{folder.resolve().name}-{key[:32]}", make)
 
 
 def _convert(paths: Sequence[Path], target: Path, config: Mapping[str, object]) -> None:
@@ -89,8 +71,7 @@ def _convert(paths: Sequence[Path], target: Path, config: Mapping[str, object]) 
         _write(target / file, kept)
         weight_map |= dict.fromkeys(kept, file)
     if len(paths) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        write_index(target, weight_map)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

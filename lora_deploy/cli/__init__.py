@@ -16,11 +16,16 @@ from typing import Any
 import click
 
 from lora_deploy.cli.bench import bench
+from lora_deploy.cli.convert import convert
+from lora_deploy.cli.doctor import doctor
 from lora_deploy.cli.export import export
+from lora_deploy.cli.formats import formats
 from lora_deploy.cli.inspect import inspect
 from lora_deploy.cli.merge import merge
 from lora_deploy.cli.push import pull, push
+from lora_deploy.cli.recipe import recipe
 from lora_deploy.cli.release import release
+from lora_deploy.cli.run import run as run_recipe
 from lora_deploy.cli.screen import Screen
 from lora_deploy.cli.try_prompt import try_prompt
 from lora_deploy.cli.validate import validate
@@ -60,7 +65,7 @@ class CommandLine(click.Group):
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a bug of ours
             screen.fail_bug(error)
             return _BUG
-        return 0
+        return screen.exit_code
 
 
 @click.group(
@@ -84,6 +89,7 @@ def main() -> None:
       lora-deploy bench    7-merged                   how fast its graphs are
       lora-deploy release  7-merged                   with card and manifest, in 7-release
       lora-deploy push     7-release owner/name       all of it or nothing, read back
+      lora-deploy run      recipe.yaml                all of that, with one verdict
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
 
 
@@ -101,5 +107,9 @@ def run() -> None:
     os._exit(status)
 
 
-for _command in (inspect, validate, merge, export, verify, bench, try_prompt, release, push, pull):
+_COMMANDS = (
+    *(inspect, formats, convert, validate, merge, export, verify, bench, try_prompt, release, push, pull),
+    *(run_recipe, recipe, doctor),
+)
+for _command in _COMMANDS:
     main.add_command(_command)

@@ -48,8 +48,10 @@ def document(inspection: Inspection) -> dict[str, object]:
         "adapter": str(inspection.path),
         "name": inspection.name,
         "format": inspection.format,
+        "tuner": inspection.tuner,
         "n_bytes": inspection.n_bytes,
         "sha256": inspection.sha256,
+        "trained_with": inspection.trained_with,
         "base": inspection.base_hint,
         "modules": [_module_document(module) for module in inspection.modules],
         "findings": inspection.findings,
@@ -60,7 +62,9 @@ def _module_document(module: ModuleReport) -> dict[str, object]:
     measured = module.measured
     return {
         "target": module.target,
+        "component": module.component,
         "kind": module.kind,
+        "method": module.method or None,
         "keys": module.keys,
         "shape": measured.shape,
         "dtype": measured.dtype,
@@ -77,11 +81,16 @@ def _module_document(module: ModuleReport) -> dict[str, object]:
 
 def _summary(inspection: Inspection) -> Iterator[tuple[str, str]]:
     modules = inspection.modules
-    yield "format", f"{inspection.format}, {format_size(inspection.n_bytes)}"
+    tuner = f" {inspection.tuner}" if inspection.tuner else ""
+    yield "format", f"{inspection.format}{tuner}, {format_size(inspection.n_bytes)}"
     yield "sha256", inspection.sha256
     hint = inspection.base_hint
     revision = f"@{hint.revision}" if hint.revision else ""
     yield "base", f"{hint.name}{revision}" if hint.name else "not named"
+    if inspection.trained_with:
+        yield "trained", inspection.trained_with
+    if methods := Counter(module.method for module in modules if module.method):
+        yield "methods", _counted(methods)
     yield "updates", _counted(Counter(module.kind for module in modules))
     yield "dtype", _counted(Counter(module.measured.dtype for module in modules))
     ranks = Counter(module.measured.rank for module in modules if module.measured.rank is not None)
@@ -103,8 +112,10 @@ def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{number} × {name}" for name, number in counts.items())
 
 
+_NOTHING = format_number(None)
+"""What stands where a kind of update has no such figure; a column of nothing else is left out."""
 _COLUMNS: tuple[tuple[str, bool, Callable[[ModuleReport], str]], ...] = (
-    ("update of", True, lambda module: module.target),
+    ("update of", True, lambda module: f"{module.component}/{module.target}" if module.component else module.target),
     ("kind", False, lambda module: module.kind),
     ("dtype", False, lambda module: module.measured.dtype),
     ("rank", False, lambda module: "–" if module.measured.rank is None else str(module.measured.rank)),
@@ -124,8 +135,11 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _table(inspection: Inspection) -> tuple[list[str], list[list[str]]]:
     """Build the rows; what is the same for all of several modules stands in the summary only."""
-    modules = sorted(inspection.modules, key=lambda module: _natural(module.target))
+    modules = sorted(inspection.modules, key=lambda module: (module.component or "", _natural(module.target)))
+    cells = {header: {cell(module) for module in modules} for header, _, cell in _COLUMNS}
     columns = [
-        (header, cell) for header, always, cell in _COLUMNS if always or len({cell(module) for module in modules}) > 1
+        (header, cell)
+        for header, always, cell in _COLUMNS
+        if (always or len(cells[header]) > 1) and (cells[header] != {_NOTHING} or not modules)
     ]
     return [header for header, _ in columns], [[cell(module) for _, cell in columns] for module in modules]

@@ -19,6 +19,7 @@ from lora_deploy.cli.options import (
     work_options,
 )
 from lora_deploy.cli.screen import Screen
+from lora_deploy.cli.tasks import share_of, task_options
 from lora_deploy.merge.options import MergeOptions
 
 
@@ -59,11 +60,12 @@ from lora_deploy.merge.options import MergeOptions
 @bind_options
 @read_options
 @work_options
+@task_options
 @click.option("--dry-run", is_flag=True, help="Plan only, write nothing: what would change and what it would take.")
 @click.option("--fresh", is_flag=True, help="Replace another merge at OUT, once this one has succeeded.")
 @output_options
 @click.pass_obj
-def merge(
+def merge(  # noqa: PLR0917 - options by name
     screen: Screen,
     /,
     adapters: tuple[str, ...],
@@ -71,6 +73,10 @@ def merge(
     output: Path | None,
     dequantize: bool,
     dry_run: bool,
+    task_index: int | None,
+    task_count: int | None,
+    finalize: bool,
+    executor: str,
     **choices: Any,  # noqa: ANN401 - options by name
 ) -> None:
     """Merge ADAPTER into its base: W' = W + s·B·A, the exact value rounded once, the same bytes on every machine.
@@ -85,9 +91,10 @@ def merge(
       lora-deploy merge runs/7 --base owner/name@revision -o merged --dtype base
       lora-deploy merge style task --weight 0.5 --weight 1 --base ./base --dry-run
       lora-deploy merge runs/7 --base exported/model.onnx -o exported-7
+      lora-deploy merge runs/7 -o merged --task-index 3 --task-count 8
     """  # noqa: D301 - \b is click's mark for text that keeps its lines
     from lora_deploy import pipeline
-    from lora_deploy.cli.merge_tables import show_merged, show_plan
+    from lora_deploy.cli.merge_tables import show_merged, show_plan, show_task
     from lora_deploy.validate import BindOptions
 
     if pipeline.is_onnx(base) and click.get_current_context().get_parameter_source("dtype") is ParameterSource.DEFAULT:
@@ -101,6 +108,9 @@ def merge(
         dequantize=dequantize,
     )
     output = output or pipeline.default_output(plan)
+    share = share_of(task_index, task_count, finalize=finalize)
+    if executor == "ray" and (share is not None or finalize):
+        raise click.UsageError("--executor ray shares the work itself: leave the options of tasks out")
     if dry_run:
         estimate = pipeline.estimate(plan, output)
         show_plan(screen, plan, output, estimate)
@@ -111,4 +121,19 @@ def merge(
         return
     screen.findings(plan.findings)
     screen.resumes = f"; the same command resumes {output}"
-    show_merged(screen, pipeline.execute(plan, output, progress=screen.progress()))
+    if executor == "ray":
+        request = pipeline.MergeRequest(
+            adapters=adapters,
+            base=base,
+            output=str(output),
+            read_options=chosen(ReadOptions, choices),
+            bind_options=chosen(BindOptions, choices),
+            merge_options=chosen(MergeOptions, choices),
+            dequantize=dequantize,
+        )
+        show_merged(screen, pipeline.merge_on_ray(request, progress=screen.progress()))
+    elif share is not None:
+        show_task(screen, plan, pipeline.carry_out_task(plan, output, share, progress=screen.progress()), output)
+    else:
+        carry_out = pipeline.finalize if finalize else pipeline.execute
+        show_merged(screen, carry_out(plan, output, progress=screen.progress()))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_deploy.merge.execute import Merged
     from lora_deploy.merge.plan import MergePlan
     from lora_deploy.merge.record import MergeRecord, RecordedTensor
+    from lora_deploy.merge.tasks import TaskDone
 
 TREATMENTS = ("merged", "replaced", "added", "cast", "untouched")
 """In the order of their weight for a reader; the names are those of ``Treatment``."""
@@ -59,6 +60,27 @@ def show_plan(screen: Screen, plan: MergePlan, output: Path, estimate: Estimate)
         ]
     )
     screen.findings(plan.findings)
+
+
+def show_task(screen: Screen, plan: MergePlan, done: TaskDone, output: Path) -> None:
+    """Print what one task of several wrote, and what is left to do."""
+    task, n_files = done.task, len(done.files)
+    screen.publish(
+        {
+            "output": output,
+            "task": {"index": task.index, "count": task.count},
+            "files": done.files,
+            "n_bytes": done.n_bytes,
+            "n_files_of_all": len(plan.shards),
+            "is_merged": done.is_merged,
+        }
+    )
+    if done.is_merged:
+        screen.line(f"{output}: was merged before, with the same inputs and options; its files are intact")
+        return
+    share = f"{n_files} of {len(plan.shards)} weight files, {format_size(done.n_bytes)}"
+    screen.line(f"task {task.index} of {task.count}: {share}, are there")
+    screen.line("next, when all tasks are done: the same command with --finalize in place of the task")
 
 
 def show_merged(screen: Screen, merged: Merged) -> None:

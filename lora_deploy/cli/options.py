@@ -95,6 +95,12 @@ read_options = _all(
         help="The base is the residual model that training saved (PiSSA, OLoRA, CorDA, LoRA-GA …), "
         "not the original one: add s·B·A to it as it is.",
     ),
+    click.option(
+        "--mlx-legacy-alpha",
+        is_flag=True,
+        help="The MLX adapter was trained with mlx-lm or mlx-examples of January to June 2024, which multiplied "
+        "lora_parameters.scale by alpha / rank; today's ignore alpha.",
+    ),
 )
 """What the user says because the adapter's file cannot: fields of ``ReadOptions``."""
 
@@ -139,10 +145,15 @@ bind_options = _all(
         help="Which weights of a diffusion pipeline are the base, such as fp16. Default: the plain ones.",
     ),
     click.option(
+        "--into-language-model",
+        is_flag=True,
+        help="The adapters are a text model's and BASE is a vision-language model: merge them into its language model.",
+    ),
+    click.option(
         "--dequantize",
         is_flag=True,
-        help="Accept a GGUF base: unpack it, once, into the cache ($LORA_DEPLOY_CACHE or ~/.cache/lora-deploy). "
-        "The merged model is as large as the unpacked one.",
+        help="Accept a quantised base (GGUF, bitsandbytes, GPTQ, AWQ, FP8, MXFP4 …): unpack it, once, into the cache "
+        "($LORA_DEPLOY_CACHE or ~/.cache/lora-deploy). The merged model is as large as the unpacked one.",
     ),
 )
 """What the user chooses when adapters meet a base: fields of ``BindOptions``, and whether a packed base is unpacked."""

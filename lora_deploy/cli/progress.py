@@ -85,7 +85,7 @@ class LogProgress:
         """Say what begins."""
         self._label, self._unit, self._n_bytes, self._n_done = label, unit, n_bytes, 0
         self._started = self._last = time.monotonic()
-        _log(f"{label}: at most {n_bytes} {unit}" if unit else f"{label}: {format_size(n_bytes)}")
+        log(f"{label}: at most {n_bytes} {unit}" if unit else f"{label}: {format_size(n_bytes)}")
 
     def advance(self, n_bytes: int) -> None:
         """Say how far it is, if the last line is old enough."""
@@ -97,17 +97,17 @@ class LogProgress:
             self._last = now
             rate = self._n_done / (now - self._started)
         if self._unit:
-            _log(f"{self._label}: {self._n_done} of at most {self._n_bytes} {self._unit}")
+            log(f"{self._label}: {self._n_done} of at most {self._n_bytes} {self._unit}")
             return
         left = (self._n_bytes - self._n_done) / rate if rate else 0.0
         done = f"{format_size(self._n_done)} of {format_size(self._n_bytes)}"
-        _log(f"{self._label}: {done}, {format_size(rate)}/s, {format_seconds(left)} left")
+        log(f"{self._label}: {done}, {format_size(rate)}/s, {format_seconds(left)} left")
 
     def finish(self) -> None:
         """Say what was done in what time."""
         seconds = time.monotonic() - self._started
         done = f"{self._n_done} {self._unit}" if self._unit else format_size(self._n_done)
-        _log(f"{self._label}: {done} in {format_seconds(seconds)}")
+        log(f"{self._label}: {done} in {format_seconds(seconds)}")
 
 
 def _console() -> Console:
@@ -116,5 +116,6 @@ def _console() -> Console:
     return Console(stderr=True)
 
 
-def _log(text: str) -> None:
+def log(text: str) -> None:
+    """Write a line with the time to stderr."""
     click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)

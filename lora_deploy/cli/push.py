@@ -15,7 +15,8 @@ from lora_deploy.hubs.options import PushOptions
 _token_option = click.option(
     "--token",
     metavar="TOKEN",
-    help="Token of the hub. Better: HF_TOKEN in the environment, or a login. It is never printed or written.",
+    help="Token of the hub, or of a registry (user:password too). Better: HF_TOKEN in the environment, or a login. "
+    "It is never printed or written.",
 )
 
 
@@ -35,7 +36,9 @@ def _one_of_two(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
 @click.option("--commit-message", metavar="TEXT", help="Message of the one commit.")
 @click.option("--dry-run", is_flag=True, help="Plan only, write nothing.")
 @click.option(
-    "--yes", is_flag=True, help="Replace what is at the target, where it is no release of ours or has no history."
+    "--yes",
+    is_flag=True,
+    help="Replace what is at a target that keeps no history, and remove what is of no release of ours.",
 )
 @output_options
 @click.pass_obj
@@ -49,10 +52,10 @@ def push(
     """Publish the release in RELEASE, by default the current folder, to TARGET.
 
     TARGET is owner/name[@rev] or hf://owner/name[@rev] on a Hugging Face compatible hub (HF_ENDPOINT, HF_TOKEN),
-    oci://host/ns/name:tag in a container registry (docker's login, or --token user:password), or a folder: ./folder,
-    /folder, file:///folder. Exactly what the manifest names is sent, in one commit or one rename;
-    then the target's own digests are compared with the manifest. A push that broke off resumes: what the target has is
-    not sent again.
+    oci://host/ns/name:tag in a container registry (docker's login, or --token user:password), s3://bucket/prefix,
+    gs://bucket/prefix or az://container/prefix in an object store (extras s3, gs, az), or a folder: ./folder, /folder,
+    file:///folder. Exactly what the manifest names is sent, in one step wherever the target has one; then the target's
+    own digests are compared with the manifest. A push that broke off resumes: what the target has is not sent again.
 
     \b
     Examples:
@@ -80,6 +83,8 @@ def push(
             *([("revision", receipt.revision)] if receipt.revision else []),
             ("sent", f"{format_size(receipt.n_sent_bytes)} of {format_size(receipt.n_bytes)}"),
             ("read back", f"{len(receipt.digests)} digests, all equal"),
+            *([("tag", receipt.tag)] if receipt.tag else []),
+            *([("pull request", receipt.pull_request)] if receipt.pull_request else []),
             *(("note", note) for note in receipt.notes),
         ]
     )

@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     help="Private elliptic key (PEM) to sign with: OpenSSF model signing, offline, into model.sig.",
 )
 @click.option(
+    "--sign-certificate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Certificate of the key (PEM), then those of its issuers: signed with it, for verify --certificate.",
+)
+@click.option(
     "--accept",
     "accepted",
     multiple=True,
@@ -77,9 +83,10 @@ def release(
 ) -> None:
     """Put the merged model in MERGED, its graphs and its evidence together as a release.
 
-    MERGED defaults to the current folder if it holds a merge.json. Its evidence.json, written by verify, must be about
-    these very files and say pass for every check; what is missing or inconclusive can be accepted by name, with a
-    reason. The release has a model card and a manifest that lists every file with its sha256.
+    MERGED defaults to the current folder if it holds a merge.json, or the export.json of an export straight from
+    adapter and base. Its evidence.json, written by verify, must be about these very files and say pass for every check;
+    what is missing or inconclusive can be accepted by name, with a reason. The release has a model card and a manifest
+    that lists every file with its sha256.
 
     \b
     Examples:

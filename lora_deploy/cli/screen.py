@@ -24,6 +24,11 @@ _MAX_FINDINGS = 20
 _COLORS = {Severity.ERROR: "red", Severity.WARN: "yellow", Severity.NOTE: "cyan"}
 
 
+def document_of(error: LoraDeployError) -> dict[str, object]:
+    """Say an error to a machine."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
 class Screen:
     """What one command prints."""
 
@@ -31,6 +36,8 @@ class Screen:
         """Print tables, or one document."""
         self.as_json = as_json
         self.is_quiet = False
+        self.exit_code = 0
+        """Status of a command that ends without an error of its own."""
         self.resumes = ""
         """What an interrupted command leaves to resume; set by commands that do."""
         self._document: dict[str, object] = {}
@@ -102,7 +109,7 @@ class Screen:
 
     def fail(self, error: LoraDeployError) -> None:
         """Print an error and what to do about it."""
-        said: dict[str, object] = {"code": error.code, "message": error.message, "hint": error.hint}
+        said = document_of(error)
         if isinstance(error, IncompatibleAdapterError):
             said["findings"] = error.findings
         self._fail(said)

@@ -58,6 +58,12 @@ _CHECKS = click.Choice([check.value for check in Check])
     metavar="FILE",
     help="Check the signature of a release against this elliptic key (PEM) first.",
 )
+@click.option(
+    "--certificate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Check the signature of a release first: its certificate must descend from one of these (PEM).",
+)
 @provider_option
 @latency_options
 @bind_options
@@ -72,6 +78,7 @@ def verify(
     adapters: tuple[str, ...],
     base: str | None,
     public_key: Path | None,
+    certificate: Path | None,
     dequantize: bool,
     **choices: Any,  # noqa: ANN401 - options by name
 ) -> None:
@@ -99,6 +106,9 @@ def verify(
     from lora_deploy.cli.evidence_tables import show_evidence
     from lora_deploy.validate import BindOptions
 
+    if public_key is not None and certificate is not None:
+        raise click.UsageError("found --public-key and --certificate, expected one of them")
+
     found = pipeline.verify(
         folder,
         adapters=adapters,
@@ -109,6 +119,7 @@ def verify(
         merge_options=chosen(MergeOptions, choices),
         dequantize=dequantize,
         public_key=public_key,
+        certificate=certificate,
         progress=screen.progress(),
     )
     folder = folder or Path()

@@ -18,6 +18,7 @@ from lora_deploy.merge.shard import base_rows, regions
 from lora_deploy.rounding import torch_dtype
 from lora_deploy.tensors import Region, TensorSpec
 from lora_deploy.updates.addition import Addition
+from lora_deploy.updates.additive import Additive
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
 
@@ -56,7 +57,9 @@ def blocks(tensor: PlannedTensor, base: Checkpoint, n_elements: int = BLOCK_ELEM
     end = 0
     for region, updates in regions(tensor):
         yield from _run(tensor, base, end, region.offset, n_elements)
-        states = [update.prepare(_Reader(tensor, base, region, updates[:k])) for k, update in enumerate(updates)]
+        states: list[object] = []
+        for update in updates:
+            states.append(update.prepare(_Reader(tensor, base, region, updates[: len(states)], tuple(states))))
         for rows in row_slices(region, n_elements):
             before = base_block(tensor, base, region, rows)
             yield Block(region=region, rows=rows, base=before, deltas=_deltas(before, updates, rows, states))
@@ -88,25 +91,26 @@ def stored_block(merged: Checkpoint, spec: TensorSpec, block: Block) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Reader:
-    """Gives rows of a region before an update; earlier ones that are not additive are refused when adapters bind."""
+    """Gives rows of a region before an update."""
 
     tensor: PlannedTensor
     base: Checkpoint
     region: Region
     earlier: Sequence[Update]
+    states: Sequence[object]
 
     def __call__(self, rows: slice) -> Tensor:
         start, stop, _ = rows.indices(self.region.n_rows)
         values = base_block(self.tensor, self.base, self.region, slice(start, stop))
-        for update in self.earlier:
-            values = update.block(values, slice(start, stop), None)
+        for update, state in zip(self.earlier, self.states, strict=True):
+            values = update.block(values, slice(start, stop), state)
         return values
 
 
 def _deltas(before: Tensor, updates: Sequence[Update], rows: slice, states: Sequence[object]) -> tuple[Tensor, ...]:
-    if all(isinstance(update, LowRank | Addition) for update in updates):
+    if all(isinstance(update, LowRank | Addition | Additive) for update in updates):
         zeros = torch.zeros_like(before)
-        return tuple(update.block(zeros, rows, None) for update in updates)
+        return tuple(update.block(zeros, rows, state) for update, state in zip(updates, states, strict=True))
     values = before
     for update, state in zip(updates, states, strict=True):
         values = update.block(values, rows, state)

@@ -14,6 +14,7 @@ from lora_deploy.evidence.outcome import Outcome
 from lora_deploy.evidence.survey import Subject, rounded
 from lora_deploy.merge.plan import PlannedTensor
 from lora_deploy.updates.addition import Addition
+from lora_deploy.updates.additive import Additive
 from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.residual import Residual, WithoutComponent
@@ -84,7 +85,7 @@ def _times(entry: ModuleUpdate, factor: float) -> ModuleUpdate:
         return replace(entry, update=replace(update, low_rank=update.low_rank.weighted(factor)))
     if isinstance(update, Dora):
         inner = _times(replace(entry, update=update.inner), factor).update
-        assert isinstance(inner, LowRank | Residual)  # noqa: S101 - as it was
+        assert isinstance(inner, LowRank | Residual | Additive)  # noqa: S101 - as it was
         return replace(entry, update=replace(update, inner=inner))
     return entry
 

@@ -6,6 +6,7 @@ for each real position (padding left out) or each item of a batch; no sampling, 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,10 +77,19 @@ def rows_of(probe: Probe, value: Tensor, start: int = 0) -> Tensor:
 
 @contextmanager
 def quiet_peers() -> Iterator[None]:
-    """Leave unheard what other packages advise about models that are run on purpose as they are."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Leave unheard what other packages advise about models that are run on purpose as they are.
+
+    bitsandbytes, which PEFT imports where it is installed, misses a package on some processors.
+    """
+    advice = logging.getLogger("bitsandbytes")
+    level = advice.level
+    advice.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        advice.setLevel(level)
 
 
 def _typed(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

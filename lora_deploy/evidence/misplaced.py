@@ -15,6 +15,7 @@ from lora_deploy.evidence.explanation import Explanation
 from lora_deploy.evidence.outcome import Outcome
 from lora_deploy.evidence.survey import Subject
 from lora_deploy.merge.plan import MergePlan, PlannedTensor
+from lora_deploy.updates.additive import Additive
 from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
@@ -94,6 +95,8 @@ def _plain(entry: ModuleUpdate) -> ModuleUpdate:
 
 def _turned(entry: ModuleUpdate) -> ModuleUpdate:
     update = entry.update
+    if isinstance(update, Dora) and isinstance(update.inner, Additive):
+        return entry
     if isinstance(update, Dora | WithoutComponent | LowRank) and update.shape[0] == update.shape[1] > 1:
         return replace(entry, update=update.transposed())
     return entry

@@ -11,6 +11,7 @@ or lies in the enclosure of what that order gives. Rounding is monotone, so the 
 step; its width comes only from what float32 arithmetic may lose in a product of rank r (r + 4 units of float32),
 which nearly always rounds away: one value, or two neighbours where it does not, a step of weight or delta apart.
 Factorisations (PiSSA, OLoRA, KaSA), which peers do in float32, may differ by 2^-14 of the weight's root mean square.
+Kinds that are evaluated as they are defined may differ by 2^-14 of what they add (``defined``).
 
 Why this hides nothing. An element that was left at the base's value passes only where an order that explains all the
 other elements gives just that value there: then no byte could tell. A tensor of which that is true throughout is not

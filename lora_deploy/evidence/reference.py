@@ -30,8 +30,10 @@ from lora_deploy.errors import InputError
 from lora_deploy.evidence.activation import Rounded, beside, why_not_beside
 from lora_deploy.evidence.architecture import INSTALL_HINT, Absence, missing_packages
 from lora_deploy.evidence.chanced import DTypes, rounded_parameters
+from lora_deploy.evidence.forward import quiet_peers
 from lora_deploy.merge.plan import MergePlan
 from lora_deploy.updates.interface import Update
+from lora_deploy.updates.joint import Joint
 from lora_deploy.validate import BindOptions
 
 _PEFT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -135,7 +137,8 @@ def unmerged_parts(model: nn.Module, plan: MergePlan) -> UnmergedParts | Absence
         return Absence(
             reason="peft is not installed: no part can be run unmerged", is_applicable=True, hint=INSTALL_HINT
         )
-    if any(entry.update.needs_whole for t in plan.tensors for entry in t.updates if isinstance(entry.update, Update)):
+    updates = [entry.update for t in plan.tensors for entry in t.updates if isinstance(entry.update, Update)]
+    if any(update.needs_whole or isinstance(update, Joint) for update in updates):
         reason = "peft takes this kind of adapter out of the weights when it loads, and needs all of them for that"
         return Absence(reason=reason, is_applicable=True)
     with _seeming_loaded(model):
@@ -178,7 +181,7 @@ def _seeming_loaded(model: nn.Module) -> Iterator[None]:
 def _check_unchanged(adapter: Adapter) -> None:
     expected = {adapter.path: adapter.sha256}
     if adapter.config_sha256 is not None:
-        expected[adapter.path.parent / CONFIG_NAME] = adapter.config_sha256
+        expected[adapter.path.parent / adapter.config_name] = adapter.config_sha256
     for path, sha256 in expected.items():
         found = sha256_of(path)
         if found != sha256:
@@ -189,7 +192,8 @@ def _check_unchanged(adapter: Adapter) -> None:
 
 
 def _with_peft(model: nn.Module, adapter: Adapter, **settings: Any) -> Unmerged | Absence:  # noqa: ANN401 - PEFT's own
-    import peft
+    with quiet_peers():
+        import peft
 
     with _peft_folder(adapter) as folder, warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.evidence.defined import Defined, define
 from lora_deploy.evidence.enclosure import Enclosure
 from lora_deploy.evidence.orders import Order, unit_of
 from lora_deploy.evidence.steps import (
@@ -32,6 +33,7 @@ from lora_deploy.merge.shard import base_rows, regions
 from lora_deploy.rounding import round_once, torch_dtype
 from lora_deploy.tensors import DType, Region
 from lora_deploy.updates.addition import Addition
+from lora_deploy.updates.additive import Additive
 from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.interface import Update
 from lora_deploy.updates.low_rank import LowRank
@@ -72,6 +74,7 @@ class Replayer:
         self.regions = regions(tensor)
         self._lock = threading.Lock()
         self._components: dict[tuple[int, Region, DType], Taken] = {}
+        self._definitions: dict[tuple[int, Region, DType], Defined] = {}
         self._norms_of: dict[tuple[int, Region, Order], Enclosure] = {}
 
     def misses(self, orders: Sequence[Order], positions: Tensor, values: Tensor, most: int) -> dict[Order, Misses]:
@@ -126,16 +129,19 @@ class Replayer:
             return Enclosure.exactly(values).rounded(order.work)
         if isinstance(update, TokenRows):
             return with_rows(update, points, before, order)
-        if isinstance(update, Addition):
-            return added(before, bias_delta_at(update, order, points), order)
-        if isinstance(update, LowRank):
-            return added(before, delta_at(update, order, points), order)
+        if isinstance(update, Dora) and update.n_joint == 1 and not isinstance(update.inner, Additive):
+            return self._renormed(update, index, region, order, points, before)
         if isinstance(update, WithoutComponent):
             taken = self._component(update, index, region, order.work)
             before = without(before, taken, points, order)
-            return added(before, delta_at(update.low_rank, order, points), order)
-        assert isinstance(update, Dora)  # noqa: S101 - KINDS has no other; a test compares
-        return self._renormed(update, index, region, order, points, before)
+            delta = delta_at(update.low_rank, order, points)
+        elif isinstance(update, Addition):
+            delta = bias_delta_at(update, order, points)
+        elif isinstance(update, LowRank):
+            delta = delta_at(update, order, points)
+        else:
+            delta = self._defined(update, index, region, order.work).delta_at(points)
+        return added(before, delta, order)
 
     def _component(self, update: WithoutComponent, index: int, region: Region, work: DType) -> Taken:
         """Compute once what an update takes out of the region's weights in their working dtype."""
@@ -146,12 +152,25 @@ class Replayer:
                 self._components[index, region, work] = Taken(component=update.component(weight), error=error)
             return self._components[index, region, work]
 
+    def _defined(self, update: Update, index: int, region: Region, work: DType) -> Defined:
+        """Prepare once a kind that is evaluated as it is defined, on weights in their working dtype."""
+        with self._lock:
+            if (index, region, work) not in self._definitions:
+
+                def read(rows: slice) -> Tensor:
+                    start, stop, _ = rows.indices(region.n_rows)
+                    return self._region_weights(region, slice(start, stop), work)
+
+                self._definitions[index, region, work] = define(update, read)
+            return self._definitions[index, region, work]
+
     def _renormed(
         self, update: Dora, index: int, region: Region, order: Order, points: Points, before: Enclosure
     ) -> Enclosure:
         """DoRA as peft computes it: sum and norm in the wider of model and delta, magnitude over norm, product."""
         taken = None
         inner = update.inner
+        assert not isinstance(inner, Additive)  # noqa: S101 - those are evaluated as they are defined
         if isinstance(inner, WithoutComponent):
             taken = self._component(inner, index, region, order.work)
             before, inner = without(before, taken, points, order), inner.low_rank

@@ -22,6 +22,8 @@ from lora_deploy.updates.residual import Component
 from lora_deploy.updates.token_rows import TokenRows
 
 _UNIT = unit_of(DType.F32)
+_FORMED = 64
+"""Units of float32 that a peer may lose where it forms the factors themselves: readers form them in float64."""
 _TINY = 2.0**-149
 """Smallest float32: what may be lost where products underflow."""
 
@@ -86,7 +88,8 @@ def _product(update: LowRank, order: Order, rows: Tensor, cols: Tensor, multiply
         ups = (scaled.low + scaled.high) / 2
         error = error + multiply((scaled.high - scaled.low) / 2, downs.abs())
     size = multiply(ups.abs(), downs.abs())
-    product = Enclosure.exactly(multiply(ups, downs)).widened(size * ((update.rank + 4) * _UNIT) + error)
+    n_units = update.rank + 4 + (_FORMED if torch.float64 in {update.up.dtype, update.down.dtype} else 0)
+    product = Enclosure.exactly(multiply(ups, downs)).widened(size * (n_units * _UNIT) + error)
     return _scaled(product.rounded(order.product) if order.product is not DType.F32 else product, scale, order)
 
 

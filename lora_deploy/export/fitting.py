@@ -43,7 +43,7 @@ def check_fit(adapter: Adapter, graph: SwitchableGraph, options: BindOptions | N
         IncompatibleAdapterError: It does not fit; every misfit is in ``findings``.
     """
     checkpoint = _as_checkpoint(graph)
-    plain = replace(adapter, updates=tuple(entry for entry in adapter.updates if isinstance(entry.update, LowRank)))
+    plain = replace(adapter, updates=tuple(entry for entry in adapter.updates if _kind(entry) == LowRank.kind))
     others = [entry for entry in adapter.updates if entry not in plain.updates]
     findings = [_error(f"kind-{_kind(entry)}", entry.target, _NOT_PLAIN.format(_kind(entry))) for entry in others]
     ranks: dict[str, int] = {}

@@ -84,7 +84,7 @@ def quantisation_of(options: ExportOptions, dtype: DType) -> Quantisation | None
 def _dynamic(options: ExportOptions, dtype: DType) -> Quantisation:
     hint = "--quantize int8-blockwise"
     if options.block_size is not None or options.is_symmetric is not None:
-        raise ExportError("--quantize int8: has one symmetric scale a column, no blocks", hint=hint)
+        raise ExportError("--quantize int8: has one scale and zero point a column, no blocks", hint=hint)
     if options.provider != "cpu":
         raise ExportError(f"--quantize int8: onnxruntime runs it on the CPU, not on {options.provider}", hint=hint)
     if dtype is not DType.F32:

@@ -98,11 +98,12 @@ def _quantise(weight: Tensor, by: Quantisation) -> Proto:
 
 
 def _dynamic(product: Proto) -> Proto:
+    """Quantise weights to unsigned bytes: signed ones overflow in the kernels of CPUs that have AVX2 and no VNNI."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "product.onnx"
-        quantize_dynamic(product, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+        quantize_dynamic(product, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QUInt8)
         return _with_raw_values(require_onnx().load(str(path)))
 
 

@@ -8,12 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import Protocol, runtime_checkable
 
 from lora_deploy.artifact import Artifact, sha256_of
 from lora_deploy.errors import DigestMismatchError
 from lora_deploy.merge.progress import Progress
+
+LEFT_BY_CLIENTS = (PurePosixPath(".gitattributes"), PurePosixPath(".cache/huggingface"))
+"""What hubs and their clients leave beside a release; nothing else that a manifest does not name is let pass."""
+
+
+def is_left_by_client(path: str) -> bool:
+    """Whether a path is one of those, or below one."""
+    return any(PurePosixPath(path).is_relative_to(left) for left in LEFT_BY_CLIENTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +32,10 @@ class Published:
     """Commit or digest; None where the hub has none."""
     url: str
     n_sent_bytes: int
-    """What was really sent: the target had the rest."""
+    """Size of the files that the target lacked."""
     notes: tuple[str, ...] = ()
+    pull_request: str | None = None
+    """Its address, where one was opened."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,5 +111,18 @@ class Hub(Protocol):
 
         Raises:
             PushError: The hub does not give it.
+        """
+        ...
+
+
+@runtime_checkable
+class Tags(Protocol):
+    """A hub that can name what it was given, once that was read back."""
+
+    def set_tag(self, published: Published) -> None:
+        """Set the tag that the options ask for, if they do.
+
+        Raises:
+            PushError: It is at another release, or the hub does not set it.
         """
         ...

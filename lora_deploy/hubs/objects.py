@@ -1,8 +1,9 @@
 """Object stores, through fsspec: ``s3://``, ``gs://``, ``az://``.
 
 Promise: there is no rename in a store, so content goes first and the manifest last: a prefix whose manifest is there
-holds the whole release. A prefix without one is written only if no other writer makes it meanwhile, where the store can
-promise that; another release is replaced only with ``--yes``. What is there is known by reading it, never by its name.
+holds the whole release. Another one is replaced only with ``--yes``, and its manifest goes first: until the new one is
+there, the prefix holds no release. The manifest is created only where there is none, in one step where the store can
+promise that. What is there is known by reading it, never by its name.
 Source: fsspec 2026.9; s3fs writes with ``If-None-Match`` where a file is to be created.
 """
 
@@ -22,6 +23,12 @@ from lora_deploy.hubs.options import PushOptions
 from lora_deploy.merge.progress import Progress, reporting
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
+_CONNECT_SECONDS, _READ_SECONDS = 10, 120
+_SIGN_IN = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "log in with gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+}
 _CHUNK_BYTES = 1 << 22
 
 
@@ -36,49 +43,66 @@ class ObjectStore:
         """
         from fsspec.core import url_to_fs
 
-        scheme, _, rest = url.partition("://")
+        self._scheme, _, rest = url.partition("://")
         if not rest.strip("/"):
-            raise RecipeError(f"{url}: names no bucket", hint=f"{scheme}://bucket/prefix")
+            raise RecipeError(f"{url}: names no bucket", hint=f"{self._scheme}://bucket/prefix")
         try:
-            self._files, self._prefix = url_to_fs(url)
+            self._files, self._prefix = url_to_fs(url, **_limits(self._scheme))
         except ImportError as error:
-            hint = f"pip install {PACKAGES[scheme]}"
-            raise RecipeError(f"{scheme}:// needs {PACKAGES[scheme]}", hint=hint, code="missing-package") from error
+            package = PACKAGES[self._scheme]
+            raise RecipeError(
+                f"{self._scheme}:// needs the package {package}",
+                hint=f"pip install 'lora-deploy[{self._scheme}]'",
+                code="missing-package",
+            ) from error
         self._prefix = self._prefix.rstrip("/")
         self._options = options
         self.url = url.rstrip("/")
 
     def preview(self, root: Path, files: Sequence[Artifact]) -> Preview:
         """Read what is there."""
-        self._require_free(files)
-        return Preview(url=self.url, to_send=tuple(file for file in files if not self._holds(file)))
+        there = self._require_free(files)
+        missing = tuple(file for file in files if not self._holds(file, there))
+        doomed = sorted(set(there) - {str(file.path) for file in files})
+        notes = [f"{path} would be removed" for path in doomed]
+        return Preview(url=self.url, to_send=missing, notes=tuple(notes))
 
     def publish(self, root: Path, files: Sequence[Artifact], title: str, progress: Progress | None) -> Published:
-        """Send what is missing, the manifest last; then remove what only the release before had."""
+        """Unless it is there: take an older manifest away, send what is missing, then the manifest."""
         *content, manifest = files
-        before = self._require_free(files)
-        missing = [file for file in content if not self._holds(file)]
+        there = self._require_free(files)
+        missing = [file for file in content if not self._holds(file, there)]
         require_unchanged(root, [file for file in content if file not in missing])
+        doomed = set(there) - {str(file.path) for file in files}
+        is_sealed = self._holds(manifest, there)
+        if is_sealed and not missing and not doomed:
+            notes = ("it held this release already",)
+            return Published(revision=None, url=self.url, n_sent_bytes=0, notes=notes)
+        if str(manifest.path) in there:
+            self._remove({str(manifest.path)})
         with reporting(progress, "pushing", sum(file.n_bytes for file in missing)) as advance:
             for file in missing:
                 self._send(root, file)
                 advance(file.n_bytes)
-        if before is None or not self._holds(manifest):
-            self._seal(root, manifest, is_new=before is None)
-            missing.append(manifest)
-        self._remove(set(self.listing()) - {str(file.path) for file in files})
-        return Published(revision=None, url=self.url, n_sent_bytes=sum(file.n_bytes for file in missing))
+        self._remove(doomed)
+        self._seal(root, manifest)
+        n_sent = sum(file.n_bytes for file in (*missing, manifest))
+        return Published(revision=None, url=self.url, n_sent_bytes=n_sent)
 
     def read_back(self, root: Path, files: Sequence[Artifact], published: Published) -> Mapping[str, str]:
         """Read everything and hash it."""
         return {str(file.path): f"sha256:{self._sha256(str(file.path))}" for file in files}
 
     def listing(self) -> Mapping[str, int]:
-        """List what is below the prefix."""
+        """List what is below the prefix; a console's markers of folders are no files."""
         with self._asking():
             self._files.invalidate_cache()
             found = self._files.find(self._prefix, detail=True)
-        return {path[len(self._prefix) + 1 :]: int(entry["size"]) for path, entry in found.items()}
+        return {
+            path[len(self._prefix) + 1 :]: int(entry["size"])
+            for path, entry in found.items()
+            if entry.get("type") == "file" and not path.endswith("/")
+        }
 
     @contextmanager
     def opened(self, path: str) -> Iterator[Iterator[bytes]]:
@@ -87,28 +111,25 @@ class ObjectStore:
             yield iter(lambda: stream.read(_CHUNK_BYTES), b"")
 
     def _asking(self, what: str = "") -> Any:  # noqa: ANN401 - a context manager
-        return asking(f"{self.url}{what}")
+        return asking(f"{self.url}{what}", sign_in=_SIGN_IN[self._scheme])
 
-    def _require_free(self, files: Sequence[Artifact]) -> Mapping[str, int] | None:
-        """Give what is there, None where that is nothing."""
+    def _require_free(self, files: Sequence[Artifact]) -> Mapping[str, int]:
+        """Give what is there; what is neither this release nor a part of it needs ``--yes``."""
         there = self.listing()
-        name = str(files[-1].path)
-        if not there:
-            return None
-        if name in there and self._holds(files[-1]):
-            return there
-        if (name in there or set(there) - {str(file.path) for file in files}) and not self._options.yes:
-            what = "another release" if name in there else min(there)
+        manifest = files[-1]
+        others = sorted(set(there) - {str(file.path) for file in files})
+        is_another = str(manifest.path) in there and not self._holds(manifest, there)
+        if (others or is_another) and not self._options.yes:
             raise RevisionConflictError(
-                f"{self.url}: holds {what}", hint="choose another prefix, or replace it with --yes"
+                f"{self.url}: holds {'another release' if is_another else others[0]}",
+                hint="choose another prefix, or replace all of it with --yes",
+                code="holds-other",
             )
-        return there if name in there else None
+        return there
 
-    def _holds(self, file: Artifact) -> bool:
-        path = f"{self._prefix}/{file.path}"
-        with self._asking(f"/{file.path}"):
-            is_there = self._files.exists(path) and self._files.size(path) == file.n_bytes
-        return is_there and self._sha256(str(file.path)) == file.sha256
+    def _holds(self, file: Artifact, there: Mapping[str, int]) -> bool:
+        path = str(file.path)
+        return there.get(path) == file.n_bytes and self._sha256(path) == file.sha256
 
     def _sha256(self, path: str) -> str:
         digest = hashlib.sha256()
@@ -121,8 +142,8 @@ class ObjectStore:
         digest = hashlib.sha256()
         target = f"{self._prefix}/{file.path}"
         with (
-            self._asking(f"/{file.path}"),
             (root / file.path).open("rb", buffering=0) as source,
+            self._asking(f"/{file.path}"),
             self._files.open(target, "wb") as sink,
         ):
             while piece := source.read(_CHUNK_BYTES):
@@ -133,14 +154,13 @@ class ObjectStore:
                 self._files.rm_file(target)
             raise mismatch(root, file, digest.hexdigest())
 
-    def _seal(self, root: Path, manifest: Artifact, *, is_new: bool) -> None:
+    def _seal(self, root: Path, manifest: Artifact) -> None:
         content = (root / manifest.path).read_bytes()
         if hashlib.sha256(content).hexdigest() != manifest.sha256:
             raise mismatch(root, manifest, hashlib.sha256(content).hexdigest())
-        mode = "create" if is_new else "overwrite"
         with self._asking(f"/{manifest.path}"):
             try:
-                self._files.pipe_file(f"{self._prefix}/{manifest.path}", content, mode=mode)
+                self._files.pipe_file(f"{self._prefix}/{manifest.path}", content, mode="create")
             except FileExistsError as error:
                 raise RevisionConflictError(
                     f"{self.url}: somebody else released there meanwhile", hint="choose another prefix", code="moved"
@@ -150,3 +170,12 @@ class ObjectStore:
         for path in sorted(paths):
             with self._asking(f"/{path}"):
                 self._files.rm_file(f"{self._prefix}/{path}")
+
+
+def _limits(scheme: str) -> dict[str, Any]:
+    """Say how long a call may take, in the words of the store's package; each has a default of its own."""
+    if scheme == "s3":
+        return {"config_kwargs": {"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}}
+    if scheme == "gs":
+        return {"requests_timeout": _READ_SECONDS}
+    return {"connection_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS}

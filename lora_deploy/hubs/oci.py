@@ -9,41 +9,26 @@ Source: OCI distribution 1.1; model-spec 0.0.7.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urljoin
 
 from lora_deploy.artifact import Artifact, sha256_of
 from lora_deploy.errors import DigestMismatchError, PushError, RecipeError, RevisionConflictError
 from lora_deploy.hubs.interface import Preview, Published, mismatch, require_unchanged
+from lora_deploy.hubs.modelpack import MANIFEST_TYPE, Layer, format_config, format_manifest, parse_layers
 from lora_deploy.hubs.options import PushOptions
-from lora_deploy.hubs.registry_client import RegistryClient, is_status
+from lora_deploy.hubs.registry_client import RegistryClient
 from lora_deploy.merge.progress import Progress, reporting
 
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
-CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
-FILE_PATH = "org.cncf.model.filepath"
-_LAYER = "application/vnd.cncf.model.{}.v1.raw"
-_WEIGHTS = (".safetensors", ".onnx", ".data", ".bin", ".onnx_adapter")
-_DOCUMENTS = (".md", ".html", ".txt", ".pdf")
 _REFERENCE = re.compile(
     r"^(?P<host>[\w.-]+(:\d+)?)/(?P<name>[a-z0-9]+([._/-]+[a-z0-9]+)*)"
     r"(:(?P<tag>\w[\w.-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?$"
 )
 _CHUNK_BYTES = 1 << 20
-_MAX_MANIFEST_BYTES = 1 << 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layer:
-    digest: str
-    n_bytes: int
 
 
 class Registry:
@@ -61,55 +46,86 @@ class Registry:
         self._name, self._tag, self._digest = match["name"], match["tag"], match["digest"]
         self._options = options
         self._client = RegistryClient(match["host"], self._name, options.token)
-        self.url = f"oci://{match['host']}/{self._name}" + (f":{self._tag}" if self._tag else "")
+        self._layers_listed: dict[str, Layer] | None = None
+        named = f":{self._tag}" if self._tag else ""
+        self.url = f"oci://{match['host']}/{self._name}{named}" + (f"@{self._digest}" if self._digest else "")
 
     def preview(self, root: Path, files: Sequence[Artifact]) -> Preview:
         """Ask which blobs are missing."""
-        self._require_free(self._manifest(root, files))
-        return Preview(url=self.url, to_send=tuple(f for f in files if not self._has(f"sha256:{f.sha256}")))
+        there = self._require_free(format_manifest(files))
+        notes = () if there is None else ("the tag names this release already" if there else "the tag would move",)
+        return Preview(url=self.url, to_send=self._missing(files), notes=notes)
 
     def publish(self, root: Path, files: Sequence[Artifact], title: str, progress: Progress | None) -> Published:
         """Send missing blobs, then the manifest under the tag."""
-        manifest = self._manifest(root, files)
-        self._require_free(manifest)
-        missing = [file for file in files if not self._has(f"sha256:{file.sha256}")]
+        manifest = format_manifest(files)
+        there = self._require_free(manifest)
+        missing = self._missing(files)
         require_unchanged(root, [file for file in files if file not in missing])
+        digest = "sha256:" + hashlib.sha256(manifest).hexdigest()
+        url = f"{self.url}@{digest}"
+        if there and not missing:
+            return Published(revision=digest, url=url, n_sent_bytes=0, notes=("it held this release already",))
         with reporting(progress, "pushing", sum(file.n_bytes for file in missing)) as advance:
             for file in missing:
                 self._send_file(root, file)
                 advance(file.n_bytes)
-        config = _config(files)
-        self._send_bytes(config)
-        digest = "sha256:" + hashlib.sha256(manifest).hexdigest()
+        self._send_bytes(format_config(files))
         self._client.request("PUT", f"manifests/{self._tag}", content=manifest, headers={"content-type": MANIFEST_TYPE})
-        return Published(
-            revision=digest, url=f"{self.url}@{digest}", n_sent_bytes=sum(file.n_bytes for file in missing)
-        )
+        return Published(revision=digest, url=url, n_sent_bytes=sum(file.n_bytes for file in missing))
 
     def read_back(self, root: Path, files: Sequence[Artifact], published: Published) -> Mapping[str, str]:
-        """Fetch every blob that the manifest under the digest names, and hash it."""
-        layers = self._layers(published.revision or self._reference)
+        """Fetch every blob that the manifest under the tag names, and hash it."""
+        there = self._fetched(self._reference)
+        digest = "sha256:" + hashlib.sha256(there or b"").hexdigest()
+        if digest != published.revision:
+            raise RevisionConflictError(
+                f"{self.url}: the tag is at {digest}, expected {published.revision}: somebody else moved it",
+                hint="look at what it names, then push again",
+                code="moved",
+            )
+        layers = self._layers(digest)
         found = {}
         for file in files:
             layer = layers.get(str(file.path))
             if layer is None:
                 raise PushError(f"{published.url}: lacks {file.path} after the push", code="not-landed")
-            digest = hashlib.sha256()
-            with self._blob(layer) as pieces:
-                for piece in pieces:
-                    digest.update(piece)
-            found[str(file.path)] = f"sha256:{digest.hexdigest()}"
+            with self._client.stream(f"blobs/{layer.digest}") as answer:
+                hashed = hashlib.sha256()
+                for piece in answer.iter_bytes(_CHUNK_BYTES):
+                    hashed.update(piece)
+            found[str(file.path)] = f"sha256:{hashed.hexdigest()}"
         return found
 
     def listing(self) -> Mapping[str, int]:
-        """List what the manifest names."""
-        return {path: layer.n_bytes for path, layer in self._layers(self._reference).items()}
+        """List what the manifest names now; blobs are then those of that one."""
+        self._layers_listed = self._layers(self._reference)
+        return {path: layer.n_bytes for path, layer in self._layers_listed.items()}
 
     @contextmanager
     def opened(self, path: str) -> Iterator[Iterator[bytes]]:
-        """Stream a blob; the caller compares what comes with the release's manifest."""
-        with self._blob(self._layers(self._reference)[path]) as pieces:
-            yield pieces
+        """Stream a blob; one that has not its own digest ends in an error."""
+        layers = self._layers_listed or self._layers(self._reference)
+        if path not in layers:
+            raise PushError(f"{self.url}: lacks {path}", code="not-found")
+        layer = layers[path]
+        with self._client.stream(f"blobs/{layer.digest}") as answer:
+            yield self._checked(answer.iter_bytes(_CHUNK_BYTES), path, layer)
+
+    def _checked(self, pieces: Iterator[bytes], path: str, layer: Layer) -> Iterator[bytes]:
+        hashed, n_bytes = hashlib.sha256(), 0
+        for piece in pieces:
+            hashed.update(piece)
+            n_bytes += len(piece)
+            if n_bytes > layer.n_bytes:
+                break
+            yield piece
+        found = f"sha256:{hashed.hexdigest()}"
+        if found != layer.digest or n_bytes != layer.n_bytes:
+            what = f"found {n_bytes} bytes, {found}, expected {layer.n_bytes} bytes, {layer.digest}"
+            raise DigestMismatchError(
+                f"{self.url}/{path}: {what}", hint="the registry's copy is damaged: push it again"
+            )
 
     def close(self) -> None:
         """End its connections."""
@@ -122,23 +138,30 @@ class Registry:
             raise RecipeError(f"{self.url}: names neither a tag nor a digest", hint=f"{self.url}:v1")
         return reference
 
-    def _require_free(self, manifest: bytes) -> None:
+    def _require_free(self, manifest: bytes) -> bool | None:
+        """None where the tag is free, else whether it names this very release; another one needs ``--yes``."""
         if self._tag is None or self._digest is not None:
-            raise RecipeError(f"{self.url}: a push needs a tag, and no digest", hint=f"{self.url}:v1")
+            raise RecipeError(f"{self.url}: a push needs a tag, and no digest", hint=f"oci://host/{self._name}:v1")
         there = self._fetched(self._tag)
-        if there is not None and there != manifest and not self._options.yes:
+        if there is None:
+            return None
+        if there != manifest and not self._options.yes:
             raise RevisionConflictError(
                 f"{self.url}: the tag names another artifact, sha256:{hashlib.sha256(there).hexdigest()}",
                 hint="choose another tag, or move it with --yes",
                 code="tag-exists",
             )
+        return there == manifest
+
+    def _missing(self, files: Sequence[Artifact]) -> tuple[Artifact, ...]:
+        return tuple(file for file in files if not self._has(f"sha256:{file.sha256}"))
 
     def _fetched(self, reference: str) -> bytes | None:
         """The manifest under a tag or digest, as the registry stores it; None where there is none."""
         try:
             answer = self._client.request("GET", f"manifests/{reference}", headers={"accept": MANIFEST_TYPE})
         except PushError as error:
-            if is_status(error, 404):
+            if error.code == "not-found":
                 return None
             raise
         content = bytes(answer.content)
@@ -146,24 +169,24 @@ class Registry:
             raise DigestMismatchError(f"{self.url}@{reference}: the registry gave another manifest")
         return content
 
-    def _layers(self, reference: str) -> dict[str, _Layer]:
+    def _layers(self, reference: str) -> dict[str, Layer]:
         content = self._fetched(reference)
         if content is None:
-            raise PushError(f"{self.url}: no such tag or digest: {reference}", code="not-found")
-        try:
-            layers = json.loads(content[:_MAX_MANIFEST_BYTES])["layers"]
-            return {
-                str(layer["annotations"][FILE_PATH]): _Layer(digest=str(layer["digest"]), n_bytes=int(layer["size"]))
-                for layer in layers
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise PushError(f"{self.url}: holds no model artifact: {error}", code="not-a-model") from error
+            raise PushError(
+                f"{self.url}: no such tag or digest: {reference}", hint="check the name and the tag", code="not-found"
+            )
+        layers = parse_layers(content)
+        if layers is None:
+            raise PushError(
+                f"{self.url}: is no model artifact of ModelPack, with a path for every layer", code="not-a-model"
+            )
+        return layers
 
     def _has(self, digest: str) -> bool:
         try:
             self._client.request("HEAD", f"blobs/{digest}")
         except PushError as error:
-            if is_status(error, 404):
+            if error.code == "not-found":
                 return False
             raise
         return True
@@ -198,47 +221,3 @@ class Registry:
         place += ("&" if "?" in place else "?") + urlencode({"digest": digest})
         headers = {"content-length": str(n_bytes), "content-type": "application/octet-stream"}
         self._client.request("PUT", place, headers=headers, content=pieces)
-
-    @contextmanager
-    def _blob(self, layer: _Layer) -> Iterator[Iterator[bytes]]:
-        with self._client.stream(f"blobs/{layer.digest}") as answer:
-            yield answer.iter_bytes(_CHUNK_BYTES)
-
-    def _manifest(self, root: Path, files: Sequence[Artifact]) -> bytes:
-        config = _config(files)
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST_TYPE,
-            "artifactType": ARTIFACT_TYPE,
-            "config": {
-                "mediaType": CONFIG_TYPE,
-                "digest": "sha256:" + hashlib.sha256(config).hexdigest(),
-                "size": len(config),
-            },
-            "layers": [
-                {
-                    "mediaType": _LAYER.format(_kind(file.path)),
-                    "digest": f"sha256:{file.sha256}",
-                    "size": file.n_bytes,
-                    "annotations": {FILE_PATH: str(file.path)},
-                }
-                for file in files
-            ],
-        }
-        return json.dumps(manifest, indent=2).encode()
-
-
-def _kind(path: PurePosixPath) -> str:
-    if path.suffix in _WEIGHTS:
-        return "weight"
-    return "doc" if path.suffix in _DOCUMENTS else "weight.config"
-
-
-def _config(files: Sequence[Artifact]) -> bytes:
-    """What the specification wants to know of a model; every layer is as it is, so its difference is its digest."""
-    config = {
-        "descriptor": {},
-        "config": {},
-        "modelfs": {"type": "layers", "diffIds": [f"sha256:{file.sha256}" for file in files]},
-    }
-    return json.dumps(config, indent=2).encode()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ class RegistryClient:
             PushError: By what the registry says.
         """
         url = path if "://" in path else self._root + path
-        with asking(f"{self._host}: {method} {urlsplit(url).path}", self._secret):
+        with self._asking(f"{method} {urlsplit(url).path}"):
             answer = self._call(method, url, headers, content)
             if answer.status_code == 401 and self._authorise(answer):
                 answer = self._call(method, url, headers, content)
-            answer.raise_for_status()
+            if not (method == "HEAD" and answer.is_redirect):  # it is there, in a storage of its own
+                answer.raise_for_status()
             return answer
 
     @contextmanager
@@ -66,9 +67,9 @@ class RegistryClient:
             PushError: By what the registry says.
         """
         url = self._root + path
-        what = f"{self._host}: GET {urlsplit(url).path}"
+        what = f"GET {urlsplit(url).path}"
         self.request("HEAD", path)  # authorises
-        with asking(what, self._secret):
+        with self._asking(what):
             request = self._client.build_request("GET", url, headers=self._headers(url, None))
             answer = self._client.send(request, stream=True)
             for _ in range(3):
@@ -80,7 +81,7 @@ class RegistryClient:
                 answer = self._client.send(request, stream=True)
             answer.raise_for_status()
         try:
-            with asking(what, self._secret):
+            with self._asking(what):
                 yield answer
         finally:
             answer.close()
@@ -89,9 +90,20 @@ class RegistryClient:
         """End its connections."""
         self._client.close()
 
-    @property
-    def _secret(self) -> str | None:
-        return self._bearer or self._basic
+    def _asking(self, what: str) -> AbstractContextManager[None]:
+        sign_in = f"docker login {self._host}, or pass --token user:password, or a bearer token"
+        return asking(f"{self._host}: {what}", self._secrets, sign_in)
+
+    def _secrets(self) -> Iterator[str]:
+        """Give what must be in no message: what was given, and what a token service gave for it."""
+        if self._bearer:
+            yield self._bearer
+        if self._basic:
+            yield self._basic
+            given = base64.b64decode(self._basic).decode(errors="replace")
+            yield from (given, given.partition(":")[2])
+        if self._authorization:
+            yield self._authorization.partition(" ")[2]
 
     def _headers(self, url: str, more: Mapping[str, str] | None) -> dict[str, str]:
         """Credentials go to the registry alone."""
@@ -130,13 +142,10 @@ class RegistryClient:
         answer = self._client.get(realm, params=wanted, headers=headers)
         answer.raise_for_status()
         found = answer.json()
-        return str(found.get("token") or found["access_token"])
-
-
-def is_status(error: PushError, status: int) -> bool:
-    """Whether an error is what the registry said with this status."""
-    response = getattr(error.__cause__, "response", None)
-    return getattr(response, "status_code", None) == status
+        token = found.get("token") or found.get("access_token")
+        if not token:
+            raise NotAuthorisedError(f"{self._host}: its token service {realm} gave no token", code="unauthorised")
+        return str(token)
 
 
 def http_library() -> Any:  # noqa: ANN401 - a module: httpx2, or httpx beside an older huggingface_hub

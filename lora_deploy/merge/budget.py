@@ -193,7 +193,8 @@ def _defined_bytes(tensor: PlannedTensor, n_workers: int) -> int:
         return 0
     block = max(DEFINED_BLOCK_ELEMENTS, _n_cols(tensor)) * _DEFINED_BYTES * n_workers
     whole = _WHOLE_BYTES * tensor.spec.n_elements if any(update.needs_whole for update in defined) else 0
-    return block + whole
+    prepared = sum(update.n_prepared_bytes for update in defined)
+    return block + whole + prepared
 
 
 def available_bytes() -> int | None:

@@ -51,10 +51,7 @@ def compose_record(
         options=origin.options,
         config_edits=json.loads(json.dumps(dict(binding.config_edits))),
         excluded=binding.excluded,
-        findings=tuple(
-            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
-            for f in plan.findings
-        ),
+        findings=origin.findings,
         artifacts=tuple(RecordedFile(path=str(a.path), n_bytes=a.n_bytes, sha256=a.sha256) for a in artifacts),
         tensors={tensor.spec.name: _tensor(tensor, facts.get(tensor.spec.name)) for tensor in changed},
         n_untouched=sum(tensor.treatment is Treatment.UNTOUCHED for tensor in plan.tensors),
@@ -80,6 +77,10 @@ def compose_origin(plan: MergePlan, identity: Mapping[str, Any]) -> RecordedOrig
             "bind": identity["bind_options"],
             "merge": identity["merge_options"],
         },
+        findings=tuple(
+            RecordedFinding(code=f.code, severity=f.severity.value, target=f.target, message=f.message)
+            for f in plan.findings
+        ),
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,6 +63,9 @@ class ShardResult:
 
     artifact: Artifact
     facts: Mapping[str, TensorFacts]
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    """Private memory of the process that wrote it, at most."""
 
 
 def execute(plan: MergePlan, out: Path, *, form: Form | None = None, progress: Progress | None = None) -> Merged:
@@ -72,8 +76,24 @@ def execute(plan: MergePlan, out: Path, *, form: Form | None = None, progress: P
         OutputExistsError: Something else is at ``out`` or at ``out.partial``.
         NonFiniteTensorError: A value cannot be merged or stored.
     """
+    with begun(plan, out, form=form, progress=progress) as work:
+        if isinstance(work, Merged):
+            return work
+        work.write(plan.shards, progress)
+        return work.put_in_place()
+
+
+@contextmanager
+def begun(
+    plan: MergePlan, out: Path, *, form: Form | None = None, progress: Progress | None = None
+) -> Iterator[Work | Merged]:
+    """Begin a merge: its folder is locked and claimed until this ends; the merge itself if it is done already.
+
+    Raises:
+        LoraDeployError: As ``execute``.
+    """
     root, out = out, out.resolve()
-    _refuse_inputs_inside(plan, out)
+    refuse_inputs_inside(plan, out)
     device = chosen_device(plan.options.device)
     identity = identify(plan, progress)
     digest = identity_digest(identity)
@@ -85,13 +105,61 @@ def execute(plan: MergePlan, out: Path, *, form: Form | None = None, progress: P
             done = find_done(out, digest, fresh=plan.options.fresh)  # by now another process may have finished it
             if done is None:
                 claim(partial, identity, {shard.file for shard in plan.shards}, fresh=plan.options.fresh)
-                record = _carry_out(plan, form or SafetensorsForm(), partial, identity, footprint, device, progress)
-                publish(partial, out)
-                _remember(out, record)
-                return Merged(root=root, record=record)
+                yield Work(
+                    plan=plan,
+                    form=form or SafetensorsForm(),
+                    root=root,
+                    out=out,
+                    partial=partial,
+                    identity=identity,
+                    footprint=footprint,
+                    device=device,
+                )
+                return
             abandon(partial)
     tidy(out)
-    return Merged(root=root, record=done, was_done=True)
+    yield Merged(root=root, record=done, was_done=True)
+
+
+@dataclass(kw_only=True, eq=False)
+class Work:
+    """A merge that was begun: shards are written in any portions, then the whole is put in place."""
+
+    plan: MergePlan
+    form: Form
+    root: Path
+    out: Path
+    partial: Path
+    identity: Mapping[str, Any]
+    footprint: Footprint
+    device: torch.device
+    seconds: float = 0.0
+    """Spent on shards so far."""
+    _peak_bytes: int = field(default_factory=private_bytes)
+    _results: list[ShardResult] = field(default_factory=list)
+
+    def write(self, shards: Sequence[ShardPlan], progress: Progress | None = None) -> None:
+        """Write some of the plan's shards; those that are there are checked instead."""
+        started = time.monotonic()
+        digest = identity_digest(self.identity)
+        self._results += merge_shards(
+            self.plan, shards, self.form, self.partial, digest, self.footprint, self.device, progress
+        )
+        self.seconds += time.monotonic() - started
+
+    def put_in_place(self) -> Merged:
+        """Finish what has all its shards."""
+        cost = {
+            "seconds": self.seconds,
+            "peak_private_bytes": max([self._peak_bytes, *(result.peak_bytes for result in self._results)]),
+            "planned_peak_bytes": self.footprint.peak_bytes,
+            "n_workers": self.footprint.n_workers,
+            "device": str(self.device),
+        }
+        record = finish(self.plan, self.form, self.partial, self._results, self.identity, cost)
+        publish(self.partial, self.out)
+        remember(self.out, record)
+        return Merged(root=self.root, record=record)
 
 
 def is_done(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> bool:
@@ -101,32 +169,37 @@ def is_done(plan: MergePlan, out: Path, *, progress: Progress | None = None) -> 
         OutputExistsError: As ``execute`` would.
     """
     out = out.resolve()
-    _refuse_inputs_inside(plan, out)
+    refuse_inputs_inside(plan, out)
     has_record = (out / RECORD_NAME).is_file()
     digest = identity_digest(identify(plan, progress)) if has_record else ""
     return find_done(out, digest, fresh=plan.options.fresh) is not None
 
 
-def _refuse_inputs_inside(plan: MergePlan, out: Path) -> None:
+def refuse_inputs_inside(plan: MergePlan, out: Path) -> None:
+    """Refuse an output that the merge reads from.
+
+    Raises:
+        OutputExistsError: Base or adapter lie in it.
+    """
     binding = plan.binding
     for path in (binding.checkpoint.root, *(adapter.path for adapter in binding.adapters)):
         if any(path.resolve().is_relative_to(place) for place in (out, partial_of(out))):
             raise OutputExistsError(f"{out}: holds {path}, which this merge reads", hint="choose another -o")
 
 
-def _carry_out(
+def merge_shards(
     plan: MergePlan,
+    shards: Sequence[ShardPlan],
     form: Form,
     partial: Path,
-    identity: Mapping[str, Any],
+    digest: str,
     footprint: Footprint,
     device: torch.device,
     progress: Progress | None,
-) -> MergeRecord:
-    started, peak = time.monotonic(), private_bytes()
-    digest = identity_digest(identity)
-    finished = {shard.file: _finished(partial, shard, digest) for shard in plan.shards}
-    rest = [shard for shard in plan.shards if finished[shard.file] is None]
+) -> list[ShardResult]:
+    """Write the shards of these that are not there yet; give what all of them became, in their order."""
+    finished = {shard.file: finished_shard(partial, shard, digest) for shard in shards}
+    rest = [shard for shard in shards if finished[shard.file] is None]
     for shard in rest:
         (partial / shard.file).unlink(missing_ok=True)
     with (
@@ -134,23 +207,14 @@ def _carry_out(
         local_workers(footprint.n_workers, footprint.n_ahead, device, is_compiled=footprint.is_compiled) as workers,
     ):
         for shard in rest:
-            result, shard_peak = _merge_shard(
+            finished[shard.file] = _merge_shard(
                 plan, shard, form, partial, workers, footprint.chunk_elements, digest, advance
             )
-            finished[shard.file] = result
-            peak = max(peak, shard_peak)
-    cost = {
-        "seconds": time.monotonic() - started,
-        "peak_private_bytes": peak,
-        "planned_peak_bytes": footprint.peak_bytes,
-        "n_workers": footprint.n_workers,
-        "device": str(device),
-    }
-    return _finish(plan, form, partial, [result for result in finished.values() if result is not None], identity, cost)
+    return [result for result in finished.values() if result is not None]
 
 
-def _finished(partial: Path, shard: ShardPlan, digest: str) -> ShardResult | None:
-    """The record of a shard that is really there, re-hashed; else None."""
+def finished_shard(partial: Path, shard: ShardPlan, digest: str) -> ShardResult | None:
+    """Give the record of a shard that is really there, re-hashed; else None."""
     try:
         entry = json.loads(_shard_record_path(partial, shard).read_text())
         artifact = Artifact(PurePosixPath(shard.file), int(entry["n_bytes"]), str(entry["sha256"]))
@@ -158,7 +222,8 @@ def _finished(partial: Path, shard: ShardPlan, digest: str) -> ShardResult | Non
         if entry["plan"] != digest or path.stat().st_size != artifact.n_bytes or sha256_of(path) != artifact.sha256:
             return None
         facts = {name: TensorFacts.from_json(values) for name, values in entry["tensors"].items()}
-        return ShardResult(artifact=artifact, facts=facts)
+        seconds, peak = float(entry["seconds"]), int(entry["peak_private_bytes"])
+        return ShardResult(artifact=artifact, facts=facts, seconds=seconds, peak_bytes=peak)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -172,7 +237,8 @@ def _merge_shard(
     chunk_elements: int,
     digest: str,
     advance: Callable[[int], None],
-) -> tuple[ShardResult, int]:
+) -> ShardResult:
+    started = time.monotonic()
     facts: dict[str, tuple[PlannedTensor, BlockFacts]] = {}
     peak = 0
 
@@ -194,26 +260,30 @@ def _merge_shard(
     result = ShardResult(
         artifact=artifact,
         facts={name: TensorFacts.of(seen, tensor) for name, (tensor, seen) in facts.items()},
+        seconds=time.monotonic() - started,
+        peak_bytes=peak,
     )
     entry = {
         "plan": digest,
         "n_bytes": artifact.n_bytes,
         "sha256": artifact.sha256,
         "tensors": {name: tensor.to_json() for name, tensor in result.facts.items()},
+        "seconds": result.seconds,
+        "peak_private_bytes": result.peak_bytes,
     }
     write_text(_shard_record_path(partial, shard), json.dumps(entry))
-    return result, peak
+    return result
 
 
 def _shard_record_path(partial: Path, shard: ShardPlan) -> Path:
     return partial / WORK_FOLDER / f"{shard.file}.json"
 
 
-def _finish(
+def finish(
     plan: MergePlan,
     form: Form,
     partial: Path,
-    results: list[ShardResult],
+    results: Sequence[ShardResult],
     identity: Mapping[str, Any],
     cost: Mapping[str, Any],
 ) -> MergeRecord:
@@ -232,7 +302,8 @@ def _finish(
     return record
 
 
-def _remember(out: Path, record: MergeRecord) -> None:
+def remember(out: Path, record: MergeRecord) -> None:
+    """Keep the digests of what was just written, so that nobody reads it again to know them."""
     for file in record.artifacts:
         remember_sha256(out / file.path, file.sha256)
 

@@ -28,7 +28,8 @@ def identify(plan: MergePlan, progress: Progress | None) -> dict[str, Any]:
     """Digest inputs and collect options; base digests come from the cache when the files are unchanged."""
     base = base_artifacts(plan.binding.checkpoint, progress)
     options = asdict(plan.options)
-    return {
+    drawn = sorted(finding.message for finding in plan.findings if finding.code == "drawn-again")
+    identity = {
         "tool": version("lora-deploy"),
         "base": [{"path": str(file.path), "n_bytes": file.n_bytes, "sha256": file.sha256} for file in base],
         "adapters": [{"sha256": a.sha256, "config_sha256": a.config_sha256} for a in plan.binding.adapters],
@@ -38,6 +39,7 @@ def identify(plan: MergePlan, progress: Progress | None) -> dict[str, Any]:
         "config": _plain(plan.config),
         "companions": {name: cached_sha256(path) for name, path in sorted(plan.companions.items())},
     }
+    return identity | ({"drawn": drawn} if drawn else {})  # another release may draw other numbers for a seed
 
 
 def base_artifacts(checkpoint: Checkpoint, progress: Progress | None) -> tuple[Artifact, ...]:

@@ -8,6 +8,7 @@ same command finishes or tidies up. Nothing that is not ours is ever removed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -27,6 +28,8 @@ WORK_FOLDER = ".work"
 """Folder inside ``OUT.partial`` for what is not part of the result."""
 _IDENTITY_NAME = "plan.json"
 _LOCK_NAME = "lock"
+_ELSEWHERE = "choose another -o"
+_WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})
 
 
 def partial_of(out: Path) -> Path:
@@ -47,7 +50,7 @@ def find_done(out: Path, digest: str, *, fresh: bool) -> MergeRecord | None:
     if out.is_dir() and not any(out.iterdir()):
         return None
     if not (out / RECORD_NAME).is_file():
-        raise OutputExistsError(f"{out}: exists and is no merge of ours", hint="choose another -o")
+        raise OutputExistsError(f"{out}: exists and is no merge of ours", hint=_ELSEWHERE)
     record = read_record(out)
     if record.digest == digest:
         changed = next((file.path for file in record.artifacts if not _is_intact(out / file.path, file.sha256)), None)
@@ -84,20 +87,42 @@ def locked(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(partial: Path) -> int:
+@contextmanager
+def shared(out: Path) -> Iterator[Path]:
+    """Make or find ``OUT.partial`` and hold it, with other tasks, against whoever would put it in place.
+
+    A file system without locks is taken as it is: shards and records come by rename, and all tasks write the same.
+
+    Raises:
+        OutputExistsError: Something else has that name, or it is being put in place.
+        MergeError: The folder cannot be written.
+    """
+    partial = partial_of(out)
+    lock = _lock(partial, fcntl.LOCK_SH)
+    try:
+        yield partial
+    except OSError as error:
+        raise writing_error(partial, error) from error
+    finally:
+        os.close(lock)
+
+
+def _lock(partial: Path, kind: int = fcntl.LOCK_EX) -> int:
     work = partial / WORK_FOLDER
     while True:
         is_ours = not partial.is_symlink() and (work.is_dir() or (partial.is_dir() and not any(partial.iterdir())))
         if os.path.lexists(partial) and not is_ours:
-            raise OutputExistsError(f"{partial}: exists and is no unfinished work of ours", hint="choose another -o")
+            raise OutputExistsError(f"{partial}: exists and is no unfinished work of ours", hint=_ELSEWHERE)
         try:
             work.mkdir(parents=True, exist_ok=True)
             lock = os.open(work / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise writing_error(partial, error) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError as error:
+            if kind == fcntl.LOCK_SH and error.errno in _WITHOUT_LOCKS:
+                return lock
             os.close(lock)
             raise OutputExistsError(f"{partial}: another process is at work there", hint="wait for it") from error
         if is_same_file(lock, work / _LOCK_NAME):
@@ -130,10 +155,35 @@ def claim(partial: Path, identity: Mapping[str, Any], files: Container[str], *, 
                 hint="finish it with its own options, delete it, choose another -o, or pass --fresh",
             )
     elif others:
-        raise OutputExistsError(f"{partial}: holds {others[0].name}, of no merge of ours", hint="choose another -o")
+        raise OutputExistsError(f"{partial}: holds {others[0].name}, of no merge of ours", hint=_ELSEWHERE)
     write_text(marker, text)
     for path in others:
         _keep_only(files, path, partial)
+
+
+def is_claimed(partial: Path) -> bool:
+    """Whether a plan has marked the working folder as its own."""
+    return (partial / WORK_FOLDER / _IDENTITY_NAME).exists()
+
+
+def join(partial: Path, identity: Mapping[str, Any]) -> None:
+    """Mark the working folder as this plan's, as every task of it does; what others write there stays.
+
+    Raises:
+        OutputExistsError: It holds another plan's work, or files of nobody's.
+    """
+    marker = partial / WORK_FOLDER / _IDENTITY_NAME
+    text = json.dumps(identity, sort_keys=True, indent=1)
+    strangers = [path for path in partial.iterdir() if path.name != WORK_FOLDER]
+    if not marker.exists():  # looked at after the files: a task marks the folder before it writes any
+        if strangers:
+            raise OutputExistsError(f"{partial}: holds {strangers[0].name}, of no merge of ours", hint=_ELSEWHERE)
+        write_text(marker, text)
+    elif (before := marker.read_text()) != text:
+        raise OutputExistsError(
+            f"{partial}: holds an unfinished merge that differs in {name_difference(before, identity)}",
+            hint="give every task the same options, or delete it",
+        )
 
 
 def _keep_only(files: Container[str], path: Path, root: Path) -> None:
@@ -149,9 +199,7 @@ def _keep_only(files: Container[str], path: Path, root: Path) -> None:
 
 def abandon(partial: Path) -> None:
     """Remove a working folder that nothing was done in."""
-    if not (partial / WORK_FOLDER / _IDENTITY_NAME).exists() and not any(
-        p.name != WORK_FOLDER for p in partial.iterdir()
-    ):
+    if not is_claimed(partial) and not any(p.name != WORK_FOLDER for p in partial.iterdir()):
         remove(partial)
 
 
@@ -189,9 +237,13 @@ def _aside(out: Path) -> Path:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files in a folder, 0 when there is none."""
-    sizes = (path.lstat().st_size for path in folder.rglob("*")) if folder.is_dir() else ()
-    return sum(sizes)
+    """Size of all files in a folder, 0 when there is none; another process may remove some meanwhile."""
+    n_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                n_bytes += Path(parent, name).lstat().st_size
+    return n_bytes
 
 
 def write_text(path: Path, text: str) -> None:

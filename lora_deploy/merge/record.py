@@ -62,6 +62,15 @@ class RecordedAdapter(_Frozen):
     weight: float
 
 
+class RecordedFinding(_Frozen):
+    """A finding of binding or planning."""
+
+    code: str
+    severity: str
+    target: str
+    message: str
+
+
 class RecordedOrigin(_Frozen):
     """What was merged and how, as far as it takes to plan the same merge again: a part of ``MergeRecord``."""
 
@@ -70,6 +79,8 @@ class RecordedOrigin(_Frozen):
     adapters: tuple[RecordedAdapter, ...]
     options: dict[str, Any]
     """``read``, ``bind`` and ``merge`` options that decide the bytes."""
+    findings: tuple[RecordedFinding, ...] = ()
+    """Of binding and planning; older records have none."""
 
 
 class RecordedUpdate(_Frozen):
@@ -108,15 +119,6 @@ class RecordedTensor(_Frozen):
     def ratio(self) -> float | None:
         """‖Δ‖ / ‖W‖."""
         return self.delta_norm / self.weight_norm if self.delta_norm is not None and self.weight_norm else None
-
-
-class RecordedFinding(_Frozen):
-    """A finding of binding or planning."""
-
-    code: str
-    severity: str
-    target: str
-    message: str
 
 
 class RecordedCost(_Frozen):

@@ -7,7 +7,8 @@ written down here as data (``dialects``) and compared with it by a test.
 
 from __future__ import annotations
 
-from lora_deploy.names.index import AmbiguousNameError, NameIndex, Part, Stack
+from lora_deploy.names.index import AmbiguousNameError, NameIndex, Stack
+from lora_deploy.names.parts import Part
 from lora_deploy.names.ties import Tie, ties_of, vocabulary_names
 
 __all__ = ["AmbiguousNameError", "NameIndex", "Part", "Stack", "Tie", "ties_of", "vocabulary_names"]

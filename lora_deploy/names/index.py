@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from lora_deploy.names.dialects import (
@@ -15,6 +16,8 @@ from lora_deploy.names.dialects import (
     canonical_form,
     model_types,
 )
+from lora_deploy.names.diffusion import other_names
+from lora_deploy.names.parts import Part, rows_of
 from lora_deploy.tensors import Region, TensorSpec
 
 _ONE_EXPERT = re.compile(
@@ -22,22 +25,15 @@ _ONE_EXPERT = re.compile(
 )
 _FUSED_EXPERTS = re.compile(r"^(?P<module>.*\.experts)\.(?P<parameter>gate_up_proj|down_proj)$")
 _GATE, _UP, _DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+_TWINS = {one: other for pair in (_GATE, _UP, _DOWN) for one, other in (pair, pair[::-1])}
+"""A projection of an expert by its two names: Mixtral's, and everybody else's."""
 _MAX_CANDIDATES = 3000
+_TEXT_MODEL = "text_model_"
+"""What old text encoders have around their layers, and some savers leave out."""
 
 
 class AmbiguousNameError(LookupError):
     """A name fits more than one tensor; never leaves ``validate``, which makes a finding of it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Where a run of an update's rows goes."""
-
-    tensor: str
-    region: Region | None = None
-    """Part of the tensor; None is the whole."""
-    rows: slice | None = None
-    """Rows of the update that go there; None is all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +79,24 @@ class NameIndex:
             return (Part(tensor=stored[0]),)
         return self._parts.get(canonical)
 
+    def unflattened(self, module: str) -> tuple[str, ...]:
+        """Give the paths of modules that are this one when their dots are underscores: one in each dialect."""
+        flattened = self._flattened
+        return flattened.get(module) or flattened.get(module.removeprefix(_TEXT_MODEL), ())
+
+    def nearest_flattened(self, module: str) -> tuple[str, ...]:
+        """Give up to three modules that this one may have been meant to be."""
+        return tuple(get_close_matches(module, [*self._flattened][:_MAX_CANDIDATES], n=3, cutoff=0.6))
+
+    @cached_property
+    def _flattened(self) -> dict[str, tuple[str, ...]]:
+        paths = dict.fromkeys(name.rpartition(".")[0] for name in (*self._specs, *self._stored, *self._parts))
+        found: dict[str, tuple[str, ...]] = {}
+        for path in paths:
+            flat = path.replace(".", "_")
+            found[flat] = (*found.get(flat, ()), path)
+        return found
+
     def stack(self, name: str) -> Stack | None:
         """Find a parameter that holds one matrix for each expert (or a single matrix), by the name it has in memory."""
         found = self.find(name)
@@ -127,8 +141,13 @@ class NameIndex:
 
     def _derived_parts(self) -> Iterator[tuple[str, tuple[Part, ...]]]:
         """Name what no tensor is called: rows of fused tensors, and fused names of separate tensors."""
+        for name, parts in other_names(self._specs):
+            yield self.canonical(name), parts
         for canonical, stored in self._stored.items():
             yield from self._row_parts(canonical, stored[0])
+            if match := _ONE_EXPERT.match(canonical):
+                twin = _TWINS[match["projection"]]
+                yield f"{match['module']}.{match['e']}.{twin}.weight", (Part(tensor=stored[0]),)
         for canonical, stack in self._stacks.items():
             n_rows = stack.shape[1]
             if not stack.is_fused:
@@ -212,7 +231,7 @@ def _shift(part: Part, start: int, n_rows: int) -> Part:
 
 def _rows_of(region: Region, k: int, n_parts: int) -> Region:
     n_rows = region.n_rows // n_parts
-    return Region(offset=region.offset + k * n_rows * region.n_cols, n_rows=n_rows, n_cols=region.n_cols)
+    return rows_of(region, k * n_rows, (k + 1) * n_rows)
 
 
 def _expert_names(module: str, parameter: str, e: int, part: Part) -> Iterator[tuple[str, tuple[Part, ...]]]:

@@ -171,7 +171,8 @@ def _named_adapters(
     read = [read_named(path, read_options) for _, path in references]
     if base is None and not read:
         raise RecipeError("--multi-lora without --adapter: nothing names the base", hint="pass --base")
-    checkpoint = open_base(fspath(base) if base is not None else named_base(read), dequantize=dequantize)
+    named_or_given = fspath(base) if base is not None else named_base(read, dequantize=dequantize)
+    checkpoint = open_base(named_or_given, dequantize=dequantize)
     if options.weights and len(options.weights) != len(read):
         raise RecipeError(f"found {len(options.weights)} weights for {len(read)} adapters")
     named = []

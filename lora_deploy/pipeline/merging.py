@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import fspath
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from lora_deploy.export.existing.plan import plan_existing
 from lora_deploy.inspection import Inspection, inspect_adapter
 from lora_deploy.merge.execute import Merged
 from lora_deploy.merge.execute import execute as execute_merge
+from lora_deploy.merge.form import Form
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.merge.progress import Progress
+from lora_deploy.merge.tasks import Task, TaskDone
+from lora_deploy.merge.tasks import carry_out_task as carry_out_merge_task
+from lora_deploy.merge.tasks import finalize as finalize_merge
+from lora_deploy.merge.together import Ended, Wanted
+from lora_deploy.merge.together import execute_together as execute_merges
 from lora_deploy.references import Reference, References, named_base, read_named, several
 from lora_deploy.validate import Binding, BindOptions, bind
 
@@ -49,7 +56,7 @@ def validate(
     """
     read = [read_named(adapter, read_options) for adapter in several(adapters)]
     variant = bind_options.variant if bind_options is not None else None
-    named = fspath(base) if base is not None else named_base(read)
+    named = fspath(base) if base is not None else named_base(read, dequantize=dequantize)
     return bind(read, open_named(named, dequantize=dequantize, variant=variant), bind_options)
 
 
@@ -102,8 +109,37 @@ def execute(planned: MergePlan, output: Path, *, progress: Progress | None = Non
     Raises:
         LoraDeployError: The plan cannot be carried out.
     """
-    form = OnnxForm() if isinstance(planned.binding.checkpoint, OnnxBase) else None
-    return execute_merge(planned, output, form=form, progress=progress)
+    return execute_merge(planned, output, form=_form(planned), progress=progress)
+
+
+def execute_together(
+    wanted: Sequence[tuple[MergePlan, Path]], *, progress: Progress | None = None
+) -> tuple[Ended, ...]:
+    """Carry out plans for one base side by side, so that it is read once; errors are results, in the plans' order."""
+    forms = [Wanted(plan=planned, out=output, form=_form(planned)) for planned, output in wanted]
+    return execute_merges(forms, progress=progress)
+
+
+def _form(planned: MergePlan) -> Form | None:
+    return OnnxForm() if isinstance(planned.binding.checkpoint, OnnxBase) else None
+
+
+def carry_out_task(planned: MergePlan, output: Path, task: Task, *, progress: Progress | None = None) -> TaskDone:
+    """Write one task's share of a plan's weight files; ``finalize`` puts the whole in place.
+
+    Raises:
+        LoraDeployError: The share cannot be written.
+    """
+    return carry_out_merge_task(planned, output, task, form=_form(planned), progress=progress)
+
+
+def finalize(planned: MergePlan, output: Path, *, progress: Progress | None = None) -> Merged:
+    """Check what all tasks of a plan wrote, and put it in place.
+
+    Raises:
+        LoraDeployError: Something is missing, damaged, or in the way.
+    """
+    return finalize_merge(planned, output, form=_form(planned), progress=progress)
 
 
 def merge(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_deploy.errors import (
-    RecipeError,
-)
+from lora_deploy.errors import InputError, RecipeError
+from lora_deploy.export.record import RECORD_NAME as EXPORT_RECORD
 from lora_deploy.hubs.interface import Preview
 from lora_deploy.hubs.options import PushOptions
 from lora_deploy.merge.progress import Progress
@@ -18,9 +17,10 @@ from lora_deploy.push import Receipt, preview
 from lora_deploy.push import pull as fetch_release
 from lora_deploy.push import push as publish_release
 from lora_deploy.references import Reference
-from lora_deploy.release.assemble import Release, assemble, default_graphs
+from lora_deploy.release.assemble import Release, assemble
 from lora_deploy.release.manifest import MANIFEST_NAME, Manifest
 from lora_deploy.release.options import ReleaseOptions
+from lora_deploy.release.parts import default_graphs
 
 
 def release(
@@ -33,6 +33,8 @@ def release(
 ) -> Release:
     """Put a merged folder, its graphs and its evidence together as a release; without a folder, the current one.
 
+    An export straight from base and adapters is released in the same way.
+
     ``graphs`` defaults to the exports inside the folder, ``output`` to ``<folder>-release``.
 
     Raises:
@@ -40,7 +42,7 @@ def release(
         InconclusiveError: A check is missing or cannot tell, and nobody accepted that.
         OutputExistsError: Something else is at the output.
     """
-    root = merged_folder(folder)
+    root = merged_folder(folder, EXPORT_RECORD)
     chosen = tuple(Path(graph) for graph in graphs) or default_graphs(root)
     out = Path(output) if output is not None else default_release(root)
     return assemble(root, out, options or ReleaseOptions(), graphs=chosen, progress=progress)
@@ -93,5 +95,9 @@ def pull(
 def _release_folder(folder: Reference | None) -> Path:
     root = Path(folder) if folder is not None else Path()
     if folder is None and not (root / MANIFEST_NAME).is_file():
-        raise RecipeError(f"the current folder holds no {MANIFEST_NAME}", hint="name the release")
+        raise RecipeError(
+            f"the current folder holds no {MANIFEST_NAME}", hint="name the release's folder, then the target"
+        )
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder", hint="a release is the folder that lora-deploy release makes")
     return root

@@ -68,6 +68,7 @@ def verify(  # noqa: PLR0913 - an option type a stage
     merge_options: MergeOptions | None = None,
     dequantize: bool = False,
     public_key: Path | None = None,
+    certificate: Path | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
     """Check a merged checkpoint, or an export straight from adapter and base: weights, outputs, latency.
@@ -88,8 +89,8 @@ def verify(  # noqa: PLR0913 - an option type a stage
     is_released = (root / MANIFEST_NAME).is_file()
     if is_released:
         check_release(root, progress)
-    if public_key is not None:
-        check_signature(root, public_key)
+    if public_key is not None or certificate is not None:
+        check_signature(root, public_key, certificate=certificate)
     planned, is_ours, is_direct = _plan_of_folder(
         root, adapters, base, read_options, bind_options, merge_options, dequantize=dequantize, progress=progress
     )
@@ -166,7 +167,7 @@ def _plan_of_folder(
                 f"{root}: its {name} says with which options it was merged",
                 hint="give none but --adapter and --base, which say where the inputs lie now",
             )
-        planned = _recorded_plan(origin, several(adapters), base, options, progress)
+        planned = _recorded_plan(origin, several(adapters), base, options, dequantize=dequantize, progress=progress)
         return planned, _promises_bytes(origin, planned), name == EXPORT_RECORD
     if not several(adapters):
         is_export = (root / EXPORT_RECORD).is_file()
@@ -199,19 +200,25 @@ def _recorded_plan(
     adapters: Sequence[Reference],
     base: Reference | None,
     options: MergeOptions,
+    *,
+    dequantize: bool,
     progress: Progress | None,
 ) -> MergePlan:
     """Plan the recorded merge again, from inputs that are proven to be the recorded ones."""
     read_options = TypeAdapter(ReadOptions).validate_python(record.options["read"])
     bind_options = TypeAdapter(BindOptions).validate_python(record.options["bind"])
-    read = [read_named(adapter, read_options) for adapter in adapters or [entry.path for entry in record.adapters]]
+    read = [read_named(adapter, read_options) for adapter in adapters or _recorded_places(record)]
     _check_digests(
         "adapter",
         {str(adapter.path): adapter.sha256 for adapter in read},
         [entry.sha256 for entry in record.adapters],
     )
     variant = bind_options.variant
-    checkpoint = _recorded_base(record.base, variant) if base is None else open_named(fspath(base), variant=variant)
+    checkpoint = (
+        _recorded_base(record.base, variant, dequantize=dequantize)
+        if base is None
+        else open_named(fspath(base), dequantize=dequantize, variant=variant)
+    )
     files = base_artifacts(checkpoint, progress)
     _check_digests(
         "base",
@@ -222,6 +229,22 @@ def _recorded_plan(
     return plan_binding(binding, read_options=read_options, merge_options=replace(options, **record.options["merge"]))
 
 
+def _recorded_places(record: MergeRecord | RecordedOrigin) -> list[str]:
+    """List where the adapters lay.
+
+    Raises:
+        InputError: A release: it names its inputs by digest, not by place.
+    """
+    places = [entry.path for entry in record.adapters]
+    if not record.base.root and not all(Path(place).exists() for place in places):
+        raise InputError(
+            f"adapter {places[0]}: is not here: a release names what it was made of by digest, not by place",
+            hint="say with --adapter where it lies, and with --base where the base does, unless it is a hub id",
+            code="input-elsewhere",
+        )
+    return places
+
+
 def _promises_bytes(record: MergeRecord | RecordedOrigin, planned: MergePlan) -> bool:
     """Whether every byte must be the same here: kinds defined in float64 promise it per torch build and CPU only."""
     here = versions()
@@ -230,11 +253,11 @@ def _promises_bytes(record: MergeRecord | RecordedOrigin, planned: MergePlan) ->
     return is_exact or all(record.versions.get(name) == here[name] for name in ("torch", "instruction_set"))
 
 
-def _recorded_base(recorded: RecordedBase, variant: str | None) -> Checkpoint:
+def _recorded_base(recorded: RecordedBase, variant: str | None, *, dequantize: bool) -> Checkpoint:
     root = Path(recorded.root)
-    if not root.is_dir():
+    if not recorded.root or not root.is_dir():  # a release names no place
         name = f"{recorded.name}@{recorded.revision}" if recorded.revision else recorded.name
-        return open_base(name, variant=variant)
+        return open_base(name, dequantize=dequantize, variant=variant)
     graphs = [file.path for file in recorded.files if file.path.endswith(".onnx")]
     if graphs:
         return open_onnx_base(root, graphs)

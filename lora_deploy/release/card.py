@@ -7,7 +7,6 @@ Source: huggingface_hub's ``ModelCardData``; the hub's ``base_model_relation``.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -17,17 +16,14 @@ from typing import Any
 from lora_deploy.bases.hub import is_hub_id
 from lora_deploy.errors import RecipeError
 from lora_deploy.export.record import ExportRecord
-from lora_deploy.merge.record import MergeRecord, RecordedFinding
+from lora_deploy.merge.record import MergeRecord, RecordedFinding, RecordedOrigin, RecordedTensor
+from lora_deploy.release.loading import snippets
 from lora_deploy.release.options import Acceptance
+from lora_deploy.release.reproduction import commands
 
 CARD_NAME = "README.md"
-_GENAI = """import onnxruntime_genai
-
-model = onnxruntime_genai.Model("{folder}")"""
-_ONNXRUNTIME = """import onnxruntime
-
-session = onnxruntime.InferenceSession("{folder}/{graph}")
-print([(port.name, port.shape) for port in session.get_inputs()])"""
+_OF_ADAPTERS = ("peft", "lora", "qlora", "dora", "adapter", "adapters", "lora-deploy")
+"""Tags of an adapter's card that are no longer true of a merged model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +31,15 @@ class CardFacts:
     """Everything that a card is written from."""
 
     name: str
-    record: MergeRecord
+    record: MergeRecord | RecordedOrigin
+    """What was merged; of an export straight from base and adapters, its origin."""
     config: Mapping[str, Any]
+    """``config.json``, or a pipeline's ``model_index.json``."""
     exports: Mapping[str, ExportRecord]
-    """By folder."""
+    """By folder; ``.`` is the release itself."""
     licence: Mapping[str, str]
     adapter_card: Mapping[str, Any]
-    """Metadata of the adapter's own card: datasets and language are taken from it."""
+    """Metadata of the adapter's own card: tags, datasets and language are taken from it."""
     verdicts: Mapping[str, str]
     evidence: Mapping[str, Any]
     accepted: Sequence[Acceptance]
@@ -50,12 +48,23 @@ class CardFacts:
     """A user's own text, as a Jinja template over the same names; it is put under the table."""
     extra_tags: Sequence[str] = field(default=())
 
+    @property
+    def tensors(self) -> Mapping[str, RecordedTensor]:
+        """What every changed tensor became; none where no checkpoint was written."""
+        return self.record.tensors if isinstance(self.record, MergeRecord) else {}
 
-def public_name(record: MergeRecord) -> str:
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Every file of the merge itself; none where there are only graphs."""
+        return tuple(file.path for file in self.record.artifacts) if isinstance(self.record, MergeRecord) else ()
+
+
+def public_name(record: MergeRecord | RecordedOrigin) -> str:
     """Name the base as others know it: its hub id where one is known, else its folder's own name."""
     hints = (record.base.name, *(adapter.base_name or "" for adapter in record.adapters))
     known = next((hint for hint in hints if is_hub_id(hint) and not Path(hint).exists()), None)
-    return known or PurePosixPath(record.base.name).name
+    place = PurePosixPath(record.base.name)
+    return known or (place.parent.name if place.suffix == ".onnx" else place.name)
 
 
 def card_text(facts: CardFacts) -> str:
@@ -96,11 +105,11 @@ def _front_matter(facts: CardFacts) -> str:
     data = ModelCardData(
         base_model=public_name(facts.record),
         base_model_relation=relation,
-        library_name="diffusers" if "_diffusers_version" in facts.config else "transformers",
+        library_name=_library(facts),
         datasets=adapter.get("datasets"),
         language=adapter.get("language"),
         pipeline_tag=adapter.get("pipeline_tag"),
-        tags=sorted({"lora-deploy", "merged", *(["onnx"] if facts.exports else []), *facts.extra_tags}),
+        tags=_tags(facts),
         license=facts.licence.get("license"),
         license_name=facts.licence.get("license_name"),
         license_link=facts.licence.get("license_link"),
@@ -108,8 +117,23 @@ def _front_matter(facts: CardFacts) -> str:
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n"
 
 
+def _library(facts: CardFacts) -> str:
+    if "_diffusers_version" in facts.config:
+        return "diffusers"
+    return "transformers" if any(path.endswith(".safetensors") for path in facts.weights) else "onnx"
+
+
+def _tags(facts: CardFacts) -> list[str]:
+    """List our own and those of the adapter's card; those with a colon are the hub's, and say what the rest says."""
+    said = facts.adapter_card.get("tags")
+    theirs = [tag for tag in said if isinstance(tag, str)] if isinstance(said, list) else []
+    kept = [tag for tag in theirs if ":" not in tag and tag.lower() not in _OF_ADAPTERS]
+    has_graphs = bool(facts.exports) or any(path.endswith(".onnx") for path in facts.weights)
+    return sorted({"lora-deploy", "merged", *(["onnx"] if has_graphs else []), *kept, *facts.extra_tags})
+
+
 def _relation(facts: CardFacts) -> str:
-    if any(export.options.get("quantize") for export in facts.exports.values()):
+    if any(export.options.get("quantisation") for export in facts.exports.values()):
         return "quantized"
     parents = {adapter.base_name for adapter in facts.record.adapters if adapter.base_name}
     return "merge" if len(parents) > 1 else "finetune"
@@ -117,46 +141,53 @@ def _relation(facts: CardFacts) -> str:
 
 def _names(facts: CardFacts) -> dict[str, Any]:
     record = facts.record
-    architectures = facts.config.get("architectures") or []
     return {
         "name": facts.name,
         "summary": _summary(facts),
         "base": public_name(record),
         "base_revision": record.base.revision,
         "adapters": [adapter.model_dump(exclude={"path"}) for adapter in record.adapters],
-        "dtype": record.options["merge"]["dtype"],
+        "dtype": _dtype(facts),
         "exports": [_export(folder, export) for folder, export in facts.exports.items()],
-        "model_class": architectures[0] if architectures else None,
+        "snippets": [
+            {"library": library, "code": code} for library, code in snippets(facts.config, facts.weights, facts.exports)
+        ],
         "evidence": [
             {"check": check, "verdict": verdict, "figures": figures(check, facts.evidence)}
             for check, verdict in facts.verdicts.items()
         ],
         "accepted": list(facts.accepted),
         "findings": [finding.model_dump() for finding in facts.findings],
-        "commands": _commands(facts),
+        "commands": commands(record, facts.exports, public_name(record)),
     }
 
 
 def _summary(facts: CardFacts) -> str:
     many = "adapters" if len(facts.record.adapters) > 1 else "adapter"
     names = ", ".join(adapter.name for adapter in facts.record.adapters)
-    return (
-        f"The {many} {names}, merged into {public_name(facts.record)}: W' = W + s·B·A, the exact value rounded once. "
-        "It needs no PEFT, and takes the base's time."
-    )
+    kinds = {update.kind for tensor in facts.tensors.values() for update in tensor.updates}
+    how = ": W' = W + s·B·A, the exact value rounded once" if kinds == {"low-rank"} else ", every value rounded once"
+    time = ", and takes the base's time" if facts.verdicts.get("latency") == "pass" else ""
+    return f"The {many} {names}, merged into {public_name(facts.record)}{how}. It needs no PEFT{time}."
+
+
+def _dtype(facts: CardFacts) -> str | None:
+    """Say in which format weights are stored: the one that most of them have, where the base's was kept."""
+    if not facts.weights:
+        return None
+    dtype = str(facts.record.options["merge"]["dtype"])
+    found = [tensor.dtype for tensor in facts.tensors.values()]
+    return f"{max(sorted(set(found)), key=found.count)}, as the base" if dtype == "base" and found else dtype
 
 
 def _export(folder: str, record: ExportRecord) -> dict[str, Any]:
-    graphs = [graph.file for graph in record.graphs.values()]
-    is_genai = record.options.get("layout") == "genai"
-    snippet = (_GENAI if is_genai else _ONNXRUNTIME).format(folder=folder, graph=graphs[0])
+    quantisation = record.options.get("quantisation") or {}
     return {
         "folder": folder,
-        "graphs": graphs,
+        "graphs": [graph.file for graph in record.graphs.values()],
         "dtype": record.options["dtype"],
         "provider": record.options["provider"],
-        "library": "onnxruntime-genai" if is_genai else "onnxruntime",
-        "snippet": snippet,
+        "quantised": quantisation.get("method"),
     }
 
 
@@ -168,35 +199,26 @@ def figures(check: str, evidence: Mapping[str, Any]) -> str:
         return ", ".join(f"{number} tensors {outcome}" for outcome, number in counts.items())
     if check == "parity":
         return "; ".join(_subject(subject) for subject in report.get("subjects") or [])
+    return _latency(report)
+
+
+def _latency(report: Mapping[str, Any]) -> str:
     proof = report.get("proof") or {}
-    return str(proof.get("reason", ""))
+    said = []
+    if proof.get("is_equal") is True:
+        said.append("the graphs are the base's, node for node")
+    elif proof.get("reason"):
+        said.append(str(proof["reason"]))
+    clocks = (report.get("ratios") or {}).get("merged") or {}
+    for phase, found in next(iter(clocks.values()), {}).items():
+        said.append(f"{phase} {found['ratio']:.3f} of the base's time [{found['low']:.3f}, {found['high']:.3f}]")
+    return "; ".join(said)
 
 
 def _subject(subject: Mapping[str, Any]) -> str:
     first = (subject.get("outputs") or [{}])[0]
+    agreed = f", top-1 {first['top1']:.1%}" if isinstance(first.get("top1"), float) else ""
     for key, name in (("kl_mean", "KL divergence"), ("relative_l2", "relative distance")):
         if isinstance(first.get(key), float):
-            return f"{subject['name']}: {name} {first[key]:.2g}"
+            return f"{subject['name']}: {name} {first[key]:.2g}{agreed}"
     return f"{subject['name']}: {subject['verdict']}"
-
-
-def _commands(facts: CardFacts) -> list[str]:
-    record = facts.record
-    adapters = " ".join(shlex.quote(adapter.name) for adapter in record.adapters)
-    base = public_name(record) + (f"@{record.base.revision}" if record.base.revision else "")
-    merge = (
-        f"lora-deploy merge {adapters} --base {shlex.quote(base)} --dtype {record.options['merge']['dtype']} -o merged"
-    )
-    weights = [f"--weight {adapter.weight:g}" for adapter in record.adapters]
-    if any(adapter.weight != 1 for adapter in record.adapters):
-        merge = f"{merge} {' '.join(weights)}"
-    exports = [_export_command(folder, export) for folder, export in facts.exports.items()]
-    return [merge, *exports, "lora-deploy verify merged", "lora-deploy release merged"]
-
-
-def _export_command(folder: str, record: ExportRecord) -> str:
-    options = record.options
-    return (
-        f"lora-deploy export merged --onnx -o merged/{folder} --dtype {options['dtype']} "
-        f"--provider {options['provider']} --layout {options['layout']}"
-    )

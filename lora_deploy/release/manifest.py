@@ -19,7 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.artifact import Artifact, cached_sha256, sha256_of
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import DigestMismatchError, InputError, MalformedCheckpointError, ReleaseError, UnsafeFileError
+from lora_deploy.errors import (
+    DigestMismatchError,
+    InputError,
+    LoraDeployError,
+    MalformedCheckpointError,
+    ReleaseError,
+    UnsafeFileError,
+)
+from lora_deploy.hubs.interface import LEFT_BY_CLIENTS
 from lora_deploy.merge.output import WORK_FOLDER
 from lora_deploy.merge.progress import Progress, reporting
 from lora_deploy.merge.record import RecordedAdapter, RecordedFile, RecordedFinding
@@ -28,7 +36,7 @@ from lora_deploy.release.options import Acceptance
 MANIFEST_NAME = "lora_deploy.json"
 SIGNATURE_NAME = "model.sig"
 SCHEMA: Literal[1] = 1
-_IGNORED = (PurePosixPath(".gitattributes"), PurePosixPath(".cache/huggingface"), PurePosixPath(WORK_FOLDER))
+_IGNORED = (*LEFT_BY_CLIENTS, PurePosixPath(WORK_FOLDER))
 """What hubs and their clients leave in a folder that they wrote; and we, when killed just after it was complete."""
 
 
@@ -181,6 +189,20 @@ def check_listing(root: Path, manifest: Manifest) -> None:
             raise ReleaseError(f"{root / path}: is missing", hint="make the release again", code="missing-file")
         if present[path] != n_bytes:
             raise DigestMismatchError(f"{root / path}: found {present[path]} bytes, expected {n_bytes}")
+
+
+def intact(root: Path) -> Manifest | None:
+    """Give the manifest of a folder that holds exactly what it names, else None.
+
+    Files that did not change since they were last digested are not read again.
+    """
+    try:
+        manifest = read_manifest(root)
+        check_listing(root, manifest)
+    except LoraDeployError:
+        return None
+    is_whole = all(cached_sha256(root / file.path) == file.sha256 for file in manifest.files)
+    return manifest if is_whole else None
 
 
 def walk(root: Path) -> Iterator[tuple[str, int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_deploy.errors import RecipeError, ReleaseError, SignatureError
 from lora_deploy.release.manifest import SIGNATURE_NAME
+from lora_deploy.release.options import ReleaseOptions
 
 _IGNORED = (SIGNATURE_NAME, ".cache/huggingface", ".work")
 
@@ -34,25 +35,55 @@ class _KnownDigests:
         return manifest.Manifest(nothing.model_name, items, kind)
 
 
-def sign(root: Path, digests: Mapping[str, str], key: Path) -> None:
-    """Sign the files of ``root``, given their sha256 by path; the private key is elliptic, in PEM.
+def sign(root: Path, digests: Mapping[str, str], key: Path, certificate: Path | None = None) -> None:
+    """Sign the files of ``root``, given their sha256 by path; key and certificate are elliptic, in PEM.
+
+    ``certificate`` holds the key's own, then those of its issuers.
 
     Raises:
-        RecipeError: The key cannot be read.
+        RecipeError: The key or the certificate cannot be read.
         ReleaseError: model-signing is not installed.
     """
+    config = _signer(key, certificate)
+    config.set_hashing_config(_KnownDigests(digests)).sign(root, root / SIGNATURE_NAME)
+
+
+def require_key(options: ReleaseOptions) -> None:
+    """Find out before anything is written whether a release could be signed as is asked.
+
+    Raises:
+        RecipeError: The key or the certificate cannot be read, or there is a certificate without its key.
+        ReleaseError: model-signing is not installed.
+    """
+    if options.sign_key is not None:
+        _signer(options.sign_key, options.sign_certificate)
+    elif options.sign_certificate is not None:
+        raise RecipeError("--sign-certificate without --sign-key: found a certificate, expected its private key too")
+
+
+def _signer(key: Path, certificate: Path | None) -> Any:  # noqa: ANN401 - the library's
     signing = _library("signing")
-    if not key.is_file():
-        raise RecipeError(f"--sign-key {key}: no such file")
+    for option, path in (("--sign-key", key), ("--sign-certificate", certificate)):
+        if path is not None and not path.is_file():
+            raise RecipeError(f"{option} {path}: no such file")
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=key)
     except (ValueError, TypeError, OSError) as error:
         raise RecipeError(f"--sign-key {key}: is no private elliptic key that can be read: {error}") from error
-    config.set_hashing_config(_KnownDigests(digests)).sign(root, root / SIGNATURE_NAME)
+    if certificate is None:
+        return config
+    try:
+        return signing.Config().use_certificate_signer(
+            private_key=key, signing_certificate=certificate, certificate_chain=[certificate]
+        )
+    except (ValueError, TypeError, OSError) as error:
+        raise RecipeError(f"--sign-certificate {certificate}: is no certificate of this key: {error}") from error
 
 
-def check_signature(root: Path, public_key: Path) -> None:
-    """Check the signature of a release against the files as they are now.
+def check_signature(root: Path, public_key: Path | None = None, *, certificate: Path | None = None) -> None:
+    """Check the signature of a release against the files as they are now, by a public key or by trusted certificates.
+
+    Both are in PEM; a signing certificate must descend from one in ``certificate``.
 
     Raises:
         SignatureError: There is none, or it is not of these files by this key.
@@ -61,10 +92,16 @@ def check_signature(root: Path, public_key: Path) -> None:
     verifying = _library("verifying")
     if not (root / SIGNATURE_NAME).is_file():
         raise SignatureError(f"{root}: has no {SIGNATURE_NAME}", hint="sign it with lora-deploy release --sign-key")
-    if not public_key.is_file():
-        raise RecipeError(f"--public-key {public_key}: no such file")
+    for option, path in (("--public-key", public_key), ("--certificate", certificate)):
+        if path is not None and not path.is_file():
+            raise RecipeError(f"{option} {path}: no such file")
     try:
-        verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(root, root / SIGNATURE_NAME)
+        config = verifying.Config()
+        if certificate is not None:
+            config.use_certificate_verifier(certificate_chain=[certificate])
+        else:
+            config.use_elliptic_key_verifier(public_key=public_key)
+        config.verify(root, root / SIGNATURE_NAME)
     except Exception as error:
         reason = str(error) or "it is not by this key"
         raise SignatureError(f"{root / SIGNATURE_NAME}: does not hold: {reason}") from error

@@ -43,4 +43,89 @@ KINDS: tuple[Entry, ...] = (
         summary="W without its r smallest singular components, plus s·B·diag·A",
         path="lora_deploy.updates.kasa:Kasa",
     ),
+    Entry(
+        name="scaled-product",
+        summary="W + s·diag(a)·B·diag(d)·A·diag(c): VeRA, PVeRA, DeLoRA",
+        path="lora_deploy.updates.scaled_product:ScaledProduct",
+    ),
+    Entry(
+        name="random-bases",
+        summary="W + a full-rank sum of shared random bases: RandLoRA",
+        path="lora_deploy.updates.random_bases:RandomBases",
+    ),
+    Entry(
+        name="block-affine",
+        summary="blocks of W multiplied and shifted: MiSS and Bone in mode bat",
+        path="lora_deploy.updates.block_affine:BlockAffine",
+    ),
+    Entry(
+        name="circulant",
+        summary="W + circulant blocks: C3A",
+        path="lora_deploy.updates.circulant:Circulant",
+    ),
+    Entry(
+        name="spectral",
+        summary="W + Re(F⁻¹(S)) for a few Fourier coefficients: FourierFT",
+        path="lora_deploy.updates.spectral:Spectral",
+    ),
+    Entry(
+        name="sparse",
+        summary="W + values at some places: SHiRA, Super-Tuning, WaveFT",
+        path="lora_deploy.updates.sparse:Sparse",
+    ),
+    Entry(
+        name="subspace",
+        summary="W without what it has in a subspace, plus Q·R: DEFT, PaRa",
+        path="lora_deploy.updates.subspace:Subspace",
+    ),
+    Entry(
+        name="principal",
+        summary="principal components of W turned among themselves: PSOFT",
+        path="lora_deploy.updates.principal:Principal",
+    ),
+    Entry(
+        name="joint",
+        summary="W given anew in a basis that layers share: FRoD",
+        path="lora_deploy.updates.joint:Joint",
+    ),
+    Entry(
+        name="weight-network",
+        summary="W + s·B·net(A·W): PEANuT",
+        path="lora_deploy.updates.weight_network:WeightNetwork",
+    ),
+    Entry(
+        name="hadamard",
+        summary="W + s·(B₁·A₁) ⊙ (B₂·A₂): LoHa",
+        path="lora_deploy.updates.hadamard:Hadamard",
+    ),
+    Entry(
+        name="mixed-inputs",
+        summary="W + s·(W·P·Q + B·A): GLoRA",
+        path="lora_deploy.updates.mixed_inputs:MixedInputs",
+    ),
+    Entry(
+        name="kronecker",
+        summary="W + s·(C ⊗ D): LoKr",
+        path="lora_deploy.updates.kronecker:Kronecker",
+    ),
+    Entry(
+        name="rescaling",
+        summary="rows or columns of W multiplied: IA3",
+        path="lora_deploy.updates.rescaling:Rescaling",
+    ),
+    Entry(
+        name="affine",
+        summary="W + s·(W ⊙ A + B), A and B of low rank: PEFT's GLoRA",
+        path="lora_deploy.updates.affine:Affine",
+    ),
+    Entry(
+        name="modulation",
+        summary="W ⊙ (1 + B·A): HiRA",
+        path="lora_deploy.updates.modulation:Modulation",
+    ),
+    Entry(
+        name="rotation",
+        summary="inputs or outputs of W turned: OFT, BOFT, HRA, RoAd",
+        path="lora_deploy.updates.rotation:Rotation",
+    ),
 )

@@ -82,6 +82,11 @@ class Update(ABC):
         return False
 
     @property
+    def n_prepared_bytes(self) -> int:
+        """Memory that ``prepare`` and its result take beyond ``needs_whole``; the plan reserves it for one region."""
+        return 0
+
+    @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the region that it changes."""

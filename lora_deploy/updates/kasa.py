@@ -1,7 +1,8 @@
-"""KaSA updates: the weight loses its r smallest singular components and gains s·B·diag(d)·A.
+"""KaSA and OSF updates: the weight loses its r smallest singular components and gains s·B·diag(d)·A.
 
-The reader folds diag(d) into B, exactly, in float64. Source: KaSA, arXiv:2412.06071; peft 0.21.2,
-``tuners/lora/variants.py``, ``KasaLinearVariant`` (which truncates in float32).
+The reader folds diag(d) into B, exactly, in float64. For OSF these are the components that it trained on.
+Source: KaSA, arXiv:2412.06071; peft 0.21.2, ``tuners/lora/variants.py``, ``KasaLinearVariant``, and
+``tuners/osf/layer.py``, ``get_delta_weight`` (which truncate in float32).
 """
 
 from __future__ import annotations

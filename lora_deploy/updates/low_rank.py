@@ -57,8 +57,8 @@ class LowRank(Update):
         """Multiply the scale, exactly."""
         return replace(self, scale=self.scale.times(weight))
 
-    def rows(self, rows: slice) -> Self:
-        """Restrict to some rows of the region."""
+    def rows(self, rows: slice | Tensor) -> Self:
+        """Restrict to some rows of the region, or take them in another order (int64 indices)."""
         return replace(self, up=self.up[rows])
 
     def delta(self, rows: slice = slice(None)) -> Tensor:

@@ -19,7 +19,10 @@ from lora_deploy.validate.copies import resized_copies
 from lora_deploy.validate.findings import Findings, misfit
 from lora_deploy.validate.fit import fit
 from lora_deploy.validate.identity import check_identity
-from lora_deploy.validate.pipeline import bind_pipeline
+from lora_deploy.validate.language_model import into_language_model
+from lora_deploy.validate.model_wide import resolved
+from lora_deploy.validate.parts import models_of
+from lora_deploy.validate.pipeline import bind_pipeline, of_one_model
 from lora_deploy.validate.placement import Placed, place
 from lora_deploy.validate.prefix import output_names
 from lora_deploy.validate.replacements import Replaced, apply_replacements
@@ -40,11 +43,12 @@ def bind(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: BindOptio
     if len(options.components) > 1 and len(options.components) != len(adapters):
         raise RecipeError(f"found {len(options.components)} components for {len(adapters)} adapters")
     choice = Choice(options)
-    if checkpoint.components:
-        binding = bind_pipeline(adapters, checkpoint, options, choice, _bind_model)
+    if models := models_of(checkpoint):
+        binding = bind_pipeline(adapters, checkpoint, models, options, choice, _bind_model)
     elif options.components:
         raise RecipeError(f"--component {options.components[0]}: {checkpoint.ref.name} is no pipeline of components")
     else:
+        of_one_model(adapters)
         binding = _bind_model(adapters, checkpoint, options, choice)
     choice.check_patterns()
     return binding
@@ -56,6 +60,9 @@ def _bind_model(adapters: Sequence[Adapter], checkpoint: Checkpoint, options: Bi
     given, (adapters, checkpoint) = tuple(adapters), without_adapter(adapters, checkpoint)
     stack, config_edits = replicated(adapters, checkpoint, findings)
     base = Base(checkpoint, stack)
+    if options.into_language_model:
+        adapters = into_language_model(adapters, base)
+    adapters = [resolved(adapter, base, findings) for adapter in adapters]
     placed: list[Placed] = []
     for k, adapter in enumerate(adapters):
         findings.extend(adapter.findings)

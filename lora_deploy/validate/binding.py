@@ -28,6 +28,8 @@ class BindOptions:
     the only one that fits."""
     variant: str | None = None
     """Which weights of a diffusion pipeline are the base where it has several, such as ``fp16``."""
+    into_language_model: bool = False
+    """Whether the names of a text model mean the language model of a base that holds more than that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

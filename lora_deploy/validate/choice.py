@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import Self
 
 from lora_deploy.errors import RecipeError
-from lora_deploy.pipeline_layout import SEPARATOR
 from lora_deploy.validate.binding import BindOptions
 
 
@@ -22,10 +21,10 @@ class Choice:
         self._left_out: dict[str, None] = {}
         self._prefix = ""
 
-    def within(self, component: str) -> Self:
-        """Decide about a component's tensors, by the names that they have in the pipeline; memory is shared."""
+    def within(self, prefix: str) -> Self:
+        """Decide about the tensors of one model of several, by the names that they have in all; memory is shared."""
         inner = copy.copy(self)
-        inner._prefix = component + SEPARATOR  # noqa: SLF001 - a copy of this very object
+        inner._prefix = prefix  # noqa: SLF001 - a copy of this very object
         return inner
 
     @property

@@ -13,16 +13,19 @@ from itertools import pairwise
 from lora_deploy.adapter import Adapter, Experts, ModuleUpdate
 from lora_deploy.errors import UnmergeableAdapterError
 from lora_deploy.tensors import Region
-from lora_deploy.updates.interface import Update
+from lora_deploy.updates.addition import Addition
+from lora_deploy.updates.additive import Additive
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.updates.token_rows import TokenRows
 from lora_deploy.validate.findings import Findings
 from lora_deploy.validate.fit import same_values
 
-_ADDITIVE = frozenset({"low-rank", "addition"})
-_FROM_ORIGINAL = frozenset({"residual", "kasa"})
-"""Kinds that take a component of the original weight away: nothing may change it before."""
+_ADDITIVE = (LowRank, Addition, Additive)
+_FROM_ORIGINAL = frozenset(
+    {"residual", "kasa", "subspace", "principal", "joint", "weight-network", "block-affine", "mixed-inputs", "affine"}
+)
+"""Kinds that depend on the original weight: nothing may change it before."""
 
 
 def combine(
@@ -68,7 +71,7 @@ def _same_place(one: ModuleUpdate, other: ModuleUpdate) -> bool:
     return one.region == other.region
 
 
-def _say_the_same(one: Update | Experts, other: Update | Experts) -> bool:
+def _say_the_same(one: object, other: object) -> bool:
     if isinstance(one, TokenRows) and isinstance(other, TokenRows):
         rows = {index: one.values[k] for k, index in enumerate(one.indices)}
         return all(same_values(rows[i], other.values[k]) for k, i in enumerate(other.indices) if i in rows)
@@ -84,7 +87,7 @@ def _check_together(name: str, group: Sequence[ModuleUpdate], adapters: Sequence
         if one.adapter_index == other.adapter_index and _kind(one) == _kind(other):
             findings.error("hit-twice", name, f"{adapters[one.adapter_index].name} changes it twice", keys)
             return
-    special = [u for u in changing if _kind(u) not in _ADDITIVE]
+    special = [u for u in changing if not isinstance(u.update, _ADDITIVE)]
     if len(special) > 1:
         kinds = " and ".join(_kind(u) for u in special)
         message = f"{_who(adapters, special)} change it by {kinds}: each was trained alone, they have no sum"

@@ -18,6 +18,7 @@ from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.validate.base import Base
 from lora_deploy.validate.choice import Choice
 from lora_deploy.validate.findings import Findings
+from lora_deploy.validate.language_model import name_in_language_model
 
 _REGISTRATION = ("gate_up_proj", "gate_proj", "w1", "v1", "up_proj", "w3", "down_proj", "w2")
 """Expert parameters in the order in which models register them."""
@@ -95,6 +96,8 @@ def _no_candidate(module: str, target: str, experts: Experts, base: Base) -> _Mi
         n_rows = int(experts.down.shape[0])
         message = f"update is {shape} for each expert, with {n_rows} ranks of all experts; base is {have}"
         return _Misfit("shape-mismatch", target, message)
+    if (inner := name_in_language_model(module, base, is_stack=True)) is not None:
+        return _Misfit("text-model-target", target, f"not in base; its language model has {inner}")
     nearest = base.index.parameters_of(module)
     rest = f"; the module holds {', '.join(nearest)}" if nearest else ""
     return _Misfit("target-missing", target, f"no parameter {' or '.join(experts.scales)} in base{rest}")

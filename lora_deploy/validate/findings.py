@@ -53,7 +53,10 @@ class Findings:
 def misfit(adapters: Sequence[Adapter], checkpoint: Checkpoint, findings: Findings) -> IncompatibleAdapterError:
     """Make the error that lists every misfit."""
     base_names = [a.base_hint.name for a in adapters if a.base_hint.name and a.base_hint.name != checkpoint.ref.name]
-    hint = f"the adapter names base {base_names[0]}; pass --base {base_names[0]}" if base_names else None
+    hints = [f"the adapter names base {base_names[0]}; pass --base {base_names[0]}"] if base_names else []
+    if any(finding.code == "text-model-target" for finding in findings.all):
+        hints.append("a text model's adapter goes into this base's language model with --into-language-model")
+    hint = "; or ".join(hints) or None
     message = misfit_message(adapters, checkpoint, findings.all)
     return IncompatibleAdapterError(message, findings=findings.all, hint=hint)
 

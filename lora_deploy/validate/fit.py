@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lora_deploy.adapter import Adapter, Experts, ModuleUpdate, Orientation
+from lora_deploy.adapter import Adapter, Experts, ModuleUpdate, OfWeight, Orientation, Shapeless
 from lora_deploy.errors import UnmergeableAdapterError
 from lora_deploy.tensors import DType, Region
 from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.interface import Update
-from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
 from lora_deploy.updates.token_rows import TokenRows
 from lora_deploy.validate.base import Base
 from lora_deploy.validate.findings import Findings
+from lora_deploy.validate.of_weight import with_weight
 from lora_deploy.validate.placement import Placed
+from lora_deploy.validate.rows import cut_rows, in_base_order
+from lora_deploy.validate.shapes import shaped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +41,23 @@ def fit(
 
     update = module_update.update
     assert not isinstance(update, Experts)  # noqa: S101 - placement made them one by one
+    region = part.region or module_update.region or Region.whole(shape)
+    try:
+        if isinstance(update, Shapeless):
+            update = shaped(update, placed, region, shape, adapter, base, findings)
+        elif isinstance(update, OfWeight):
+            update = with_weight(update, region.n_rows, base)
+    except UnmergeableAdapterError as error:
+        complain("unfit-kind", error.message)
+        return None
     if dtype is not None and not dtype.is_floating and not _is_integer_copy(update):
         complain("packed-dtype", f"base stores {dtype.value}: quantised or integer weights cannot take an update")
         return None
-    region = part.region or module_update.region or Region.whole(shape)
     if module_update.region is not None and (part.region or part.rows or region.stop != math.prod(shape)):
         complain("shape-mismatch", f"update covers {region.stop} elements, base is {tuple(shape)}")
         return None
     try:
+        update = in_base_order(update, module_update.row_order, part.tensor, base)
         cut = update if part.rows is None else cut_rows(update, part.rows)
         laid_out = _lay_out(placed, cut, region, shape, adapter, base, findings, complain)
     except UnmergeableAdapterError as error:
@@ -54,21 +65,16 @@ def fit(
         return None
     if laid_out is None:
         return None
+    if adapter.scales_bias and isinstance(laid_out, Dora):
+        _warn_of_bias(part.tensor, module_update.keys, base, findings)
     return replace(module_update, update=laid_out, target=part.tensor, region=region, orientation=Orientation.STORED)
 
 
-def cut_rows(update: Update, rows: slice) -> Update:
-    """Restrict an update to some of its rows.
-
-    Raises:
-        UnmergeableAdapterError: The kind is not defined row by row.
-    """
-    if isinstance(update, LowRank):
-        return update.rows(rows)
-    if isinstance(update, Replacement):
-        values = update.values
-        return replace(update, values=values.reshape(-1, values.shape[-1])[rows] if values.ndim > 1 else values[rows])
-    raise UnmergeableAdapterError(f"a {update.kind} update cannot be cut where base stores its rows in several tensors")
+def _warn_of_bias(name: str, keys: Sequence[str], base: Base, findings: Findings) -> None:
+    bias = name.removesuffix("weight") + "bias"
+    if bias in base.specs:
+        message = "in training its bias was scaled by m / ‖V‖ as well; like the trainer's own merge, this one leaves it"
+        findings.warn("bias-unscaled", name, message, keys)
 
 
 def _lay_out(
@@ -100,13 +106,18 @@ def _lay_out(
         message = f"update is {update.shape}, base is {tuple(shape)}: only its transpose fits"
         findings.note("transposed-by-shape", name, message, keys)
     laid_out = update if direct else update.transposed()
-    if isinstance(laid_out, Dora) and laid_out.magnitude.numel() != wanted[laid_out.axis == "columns"]:
+    if isinstance(laid_out, Dora) and not _has_all_magnitudes(laid_out, wanted):
         found, expected = laid_out.magnitude.numel(), wanted[laid_out.axis == "columns"]
         complain(
             "magnitude-mismatch", f"DoRA magnitude has {found} entries, expected one for each of {expected} outputs"
         )
         return None
     return laid_out
+
+
+def _has_all_magnitudes(update: Dora, wanted: tuple[int, int]) -> bool:
+    n_lines = wanted[0] if update.axis == "rows" else wanted[1]
+    return int(update.magnitude.numel()) * (update.n_joint if update.axis == "columns" else 1) == n_lines
 
 
 def _square_of_unknown_model(placed: Placed, update: Update, adapter: Adapter, findings: Findings) -> Update:

@@ -32,7 +32,8 @@ def share(
     edits: dict[str, Any] = {}
 
     def is_of_both(update: ModuleUpdate) -> bool:
-        return _is_shared_kind(update, base) or bool(adapters[update.adapter_index].config.get("ensure_weight_tying"))
+        adapter = adapters[update.adapter_index]
+        return _is_shared_kind(update, base) or adapter.shares_ties or bool(adapter.config.get("ensure_weight_tying"))
 
     for tie in base.ties:
         source, member = updates.get(tie.source, []), updates.get(tie.member, [])

@@ -12,17 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from lora_deploy.adapters.configuration import Configuration, Number, parse
 from lora_deploy.errors import MalformedAdapterError, UnmergeableAdapterError
 
 _TRAINING_ONLY = frozenset({"lora_plus_lr_ratio", "lorap_lr_ratio", "lorap_emb_lr", "lora_dtype"})
 """Keys that other trainers add (LoRA+ learning rates, the dtype of the factors): they change no formula."""
 
+SERVE_UNMERGED = "it can be served unmerged only: load it with PEFT beside its base"
+_CONVERSION = "save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+"""PEFT's way to write such an adapter for the original base."""
 _INITS_ON_ORIGINAL_BASE = frozenset({"gaussian", "orthogonal", "mica", "eva"})
-_LAST_KNOWN = (0, 21, 2)
-
-Number = int | float
 
 
 class BlockDiagonal(BaseModel):
@@ -36,16 +37,11 @@ class BlockDiagonal(BaseModel):
     match_strict: bool = True
 
 
-class PeftConfig(BaseModel):
+class PeftConfig(Configuration):
     """The configuration of one LORA adapter, defaults as in PEFT."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", arbitrary_types_allowed=True)
 
     # What the merge depends on.
     peft_type: Literal["LORA"] = "LORA"
-    peft_version: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
     r: int = Field(default=8, gt=0)
     lora_alpha: Number = Field(default=8, allow_inf_nan=False)
     use_rslora: bool = False
@@ -108,17 +104,6 @@ class PeftConfig(BaseModel):
         return value
 
     @property
-    def version(self) -> tuple[int, ...] | None:
-        """Release that wrote the file; None before 0.18, which did not say."""
-        found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", self.peft_version or "")
-        return tuple(int(part or 0) for part in found.groups()) if found else None
-
-    @property
-    def is_newer_than_known(self) -> bool:
-        """Whether a release after the last one that this reader was checked with wrote the file."""
-        return (self.version or (0,)) > _LAST_KNOWN
-
-    @property
     def residual_method(self) -> Literal["pissa", "olora"] | None:
         """How training changed the base before it started, where that can be recomputed from the base."""
         init = str(self.init_lora_weights).lower()
@@ -155,23 +140,7 @@ def parse_config(config: Mapping[str, Any], path: Path) -> PeftConfig:
             f"{path}: not a PEFT configuration: neither peft_type nor lora_alpha",
             hint="move it away and give --alpha if the tensors beside it are PEFT's",
         )
-    try:
-        parsed = PeftConfig.model_validate({**config, "peft_type": "LORA"})
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise MalformedAdapterError(f"{path}: {'; '.join(faults[:3]).lower()}") from error
-    unknown = {
-        key: value
-        for key, value in (parsed.model_extra or {}).items()
-        if key not in _TRAINING_ONLY and value not in (None, False, "", [], {})
-    }
-    if unknown:
-        listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
-        raise UnmergeableAdapterError(
-            f"{path}: found {listed}, unknown to peft <= 0.21.2: it may name a variant that changes the formula",
-            hint="remove the key if it is known to change nothing",
-        )
-    return parsed
+    return parse(PeftConfig, {**config, "peft_type": "LORA"}, path, is_harmless=_TRAINING_ONLY.__contains__)
 
 
 def refuse_unmergeable(config: PeftConfig, path: Path, *, base_is_residual: bool) -> None:
@@ -188,7 +157,7 @@ def refuse_unmergeable(config: PeftConfig, path: Path, *, base_is_residual: bool
     }
     for field, reason in reasons.items():
         if getattr(config, field):
-            raise UnmergeableAdapterError(f"{path}: {field} is set: {reason}")
+            raise UnmergeableAdapterError(f"{path}: {field} is set: {reason}", hint=SERVE_UNMERGED)
     init = config.init_lora_weights
     if not isinstance(init, str) or init.lower() in _INITS_ON_ORIGINAL_BASE or config.residual_method:
         return
@@ -204,5 +173,6 @@ def refuse_unmergeable(config: PeftConfig, path: Path, *, base_is_residual: bool
     if not base_is_residual:
         raise UnmergeableAdapterError(
             f"{path}: init_lora_weights {init!r}: {need}",
-            hint="merge it into the base that training saved, with --base-is-residual",
+            hint="merge it into the base that training saved, with --base-is-residual"
+            + ("" if init.lower() == "loftq" else f"; or convert it where it was trained: {_CONVERSION}"),
         )

@@ -10,6 +10,7 @@ from lora_deploy.adapters.interface import AdapterFile, ReadOptions
 from lora_deploy.adapters.peft.config import PeftConfig
 from lora_deploy.adapters.peft.key_table import KeyTable, without_base_layer
 from lora_deploy.adapters.peft.scale import Scales
+from lora_deploy.adapters.torchtune_signs import has_exports_configuration
 from lora_deploy.errors import Finding, Severity
 from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.low_rank import LowRank
@@ -60,6 +61,13 @@ def _of_configuration(
             module,
             f"alpha_pattern matches {len(contested)} modules more than once ({values}): the first in the file is used, "
             "as PEFT does when it loads; PEFT sorts them when it saves, training used the first as it was configured",
+        )
+    if has_exports_configuration(file) and "qwen" in (config.base_model_name_or_path or "").lower():
+        yield _warn(
+            "torchtune-rows",
+            name,
+            "has just the fields that torchtune writes: if it did, the rows of q and k are in the wrong order for "
+            "Qwen; merge torchtune's own adapter_model.pt",
         )
     if config.megatron_config is not None:
         yield _warn("tensor-parallel", name, "trained tensor-parallel: one rank's file may hold a part of each factor")

@@ -7,12 +7,13 @@ Source: peft 0.21.2.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from lora_deploy.adapter import Adapter, BaseHint, ModuleUpdate
 from lora_deploy.adapters.alpha import metadata_alpha, missing_alpha
+from lora_deploy.adapters.diffusion.keys import format_of
+from lora_deploy.adapters.header import CONFIGURATION, by_component, header_configuration
 from lora_deploy.adapters.interface import AdapterFile, ReadOptions
 from lora_deploy.adapters.keys import PEFT_SLOT
 from lora_deploy.adapters.peft.config import PeftConfig, parse_config, refuse_unmergeable
@@ -22,20 +23,22 @@ from lora_deploy.adapters.peft.modules import ModuleReader
 from lora_deploy.adapters.peft.saved import read_copies, read_saved_tensors, read_token_rows
 from lora_deploy.adapters.peft.scale import Scales
 from lora_deploy.adapters.peft.tying import apply_tied_once
+from lora_deploy.adapters.torchtune_signs import is_export, is_own
+from lora_deploy.adapters.tuners import TUNERS
+from lora_deploy.adapters.tuners.reader import read_tuner
 from lora_deploy.artifact import cached_sha256
 from lora_deploy.errors import MalformedAdapterError
 
-_METADATA_CONFIG = "lora_adapter_metadata"
-"""Where diffusers writes the whole configuration into a safetensors header."""
-
 
 class PeftReader:
-    """Reads PEFT LORA adapters."""
+    """Reads PEFT's adapters: LORA here, the other tuners by their own modules."""
 
     format = "peft"
 
     def recognises(self, file: AdapterFile) -> bool:
         """Whether the configuration is PEFT's, or there is none and the keys are."""
+        if is_own(file) or is_export(file) or format_of(file):
+            return False
         if file.config is not None and ("peft_type" in file.config or "lora_alpha" in file.config):
             return True
         return any(PEFT_SLOT.search(key) for key in file.tensors)
@@ -49,6 +52,9 @@ class PeftReader:
             NonFiniteTensorError: A tensor holds a NaN or an infinity.
         """
         raw, source = _configuration(file)
+        tuner = next((entry for entry in TUNERS if raw is not None and entry.name == raw.get("peft_type")), None)
+        if tuner is not None and raw is not None:
+            return read_tuner(file, options, tuner.load(), raw)
         config = PeftConfig() if raw is None else parse_config(raw, file.config_path or file.path)
         refuse_unmergeable(config, file.config_path or file.path, base_is_residual=options.base_is_residual)
         table = sort_keys(file.path, file.tensors, options.adapter_name)
@@ -92,20 +98,14 @@ def _configuration(file: AdapterFile) -> tuple[Mapping[str, Any] | None, str]:
     """Give the configuration and where it was read: the file beside the weights, or their header."""
     if file.config is not None and file.config_path is not None:
         return file.config, file.config_path.name
-    text = file.metadata.get(_METADATA_CONFIG)
-    if text is None:
+    config = header_configuration(file)
+    if config is None:
         return None, f"{file.path.name}'s header"
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MalformedAdapterError(f"{file.path}: metadata {_METADATA_CONFIG} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise MalformedAdapterError(f"{file.path}: metadata {_METADATA_CONFIG} is not a JSON object")
     if "lora_alpha" not in config:  # a pipeline's metadata: each key behind the name of its component
-        parts = {key.partition(".")[0] for key in config}
+        parts = by_component(config)
         if len(parts) == 1:
-            config = {key.partition(".")[2]: value for key, value in config.items()}
-    return config, f"metadata {_METADATA_CONFIG}"
+            (config,) = parts.values()
+    return config, f"metadata {CONFIGURATION}"
 
 
 def _scales(

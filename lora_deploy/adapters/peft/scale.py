@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from lora_deploy.adapters.peft.config import Number, PeftConfig
+from lora_deploy.adapters.configuration import Number
+from lora_deploy.adapters.peft.config import PeftConfig
 from lora_deploy.errors import AmbiguousAdapterFormatError, MalformedAdapterError
 from lora_deploy.updates.interface import Scale
 
