@@ -16,12 +16,27 @@ from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.tensors import Region
 from lora_deploy.updates.addition import Addition
+from lora_deploy.updates.block_affine import BlockAffine
+from lora_deploy.updates.circulant import Circulant
 from lora_deploy.updates.dora import Dora
+from lora_deploy.updates.hadamard import Hadamard, Pair
 from lora_deploy.updates.interface import Update
+from lora_deploy.updates.joint import Joint
 from lora_deploy.updates.kasa import Kasa
+from lora_deploy.updates.kronecker import Kronecker
 from lora_deploy.updates.low_rank import LowRank
+from lora_deploy.updates.modulation import Modulation
+from lora_deploy.updates.principal import Principal, Randomised
+from lora_deploy.updates.random_bases import RandomBases
+from lora_deploy.updates.rescaling import Rescaling
 from lora_deploy.updates.residual import Residual
+from lora_deploy.updates.rotation import Blocks, Reflections, Rotation
+from lora_deploy.updates.scaled_product import ScaledProduct
+from lora_deploy.updates.sparse import Sparse
+from lora_deploy.updates.spectral import Spectral
+from lora_deploy.updates.subspace import Subspace
 from lora_deploy.updates.token_rows import TokenRows
+from lora_deploy.updates.weight_network import WeightNetwork
 from lora_deploy.validate import Binding
 from tests.builders import adapter_of, low_rank, make_checkpoint, make_scale
 
@@ -99,6 +114,24 @@ def every_kind() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "residual": torch.randn(120, 90) * 0.1,
         "kasa": torch.randn(60, 80) * 0.1,
         "bias": torch.randn(900),
+        "scaled product": torch.randn(1100, 1000).to(torch.bfloat16) * 0.1,
+        "random bases": torch.randn(60, 90) * 0.1,
+        "block affine": torch.randn(1200, 900).to(torch.bfloat16) * 0.1,
+        "circulant": torch.randn(1500, 800) * 0.1,
+        "spectral": torch.randn(700, 1601) * 0.1,
+        "sparse": torch.randn(1300, 900).to(torch.bfloat16) * 0.1,
+        "subspace": torch.randn(2100, 600) * 0.1,
+        "subspace turned": torch.randn(600, 2100) * 0.1,
+        "principal": torch.randn(90, 70) * 0.1,
+        "joint": torch.randn(2100, 60) * 0.1,
+        "network": torch.randn(2100, 600) * 0.1,
+        "hadamard": torch.randn(1300, 800).to(torch.bfloat16) * 0.1,
+        "kronecker": torch.randn(1200, 810) * 0.1,
+        "rescaling": torch.randn(1300, 700).to(torch.bfloat16),
+        "modulation": torch.randn(1300, 700).to(torch.bfloat16),
+        "rotated inputs": torch.randn(1500, 640).to(torch.bfloat16),
+        "rotated outputs": torch.randn(640, 1100),
+        "reflected": torch.randn(1500, 600).to(torch.bfloat16),
         "cast": torch.randn(333, 77),
         "copied": torch.arange(1000),
     }
@@ -125,7 +158,89 @@ def every_kind() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "kasa": Kasa(low_rank=_factors_of(60, 80, 4, torch.float32)),
         "bias": Addition(values=torch.randn(900), scale=make_scale(0.3)),
     }
-    return tensors, updates
+    return tensors, updates | _kinds_of_other_tuners() | _kinds_that_multiply()
+
+
+def _kinds_that_multiply() -> dict[str, Any]:
+    first, second = (
+        Pair(up=torch.randn(1300, 4) * 0.1, down=torch.randn(4, 800) * 0.1),
+        Pair(up=torch.randn(1300, 3), down=torch.randn(3, 800)),
+    )
+    blocks = Blocks(blocks=torch.randn(20, 32, 32, dtype=torch.float64) * 0.2, n_blocks=20, order=torch.randperm(640))
+    normals = torch.randn(600, 5, dtype=torch.float64)
+    mirrors = Reflections(normals=normals / torch.linalg.vector_norm(normals, dim=0))
+    return {
+        "hadamard": Hadamard(first=first, second=second, scale=make_scale(0.5)),
+        "kronecker": Kronecker(left=torch.randn(30, 9), right=torch.randn(40, 90) * 0.1, scale=make_scale(0.5)),
+        "rescaling": Rescaling(factors=torch.rand(1300) + 0.5, axis="rows", n_other=700),
+        "modulation": Modulation(pair=Pair(up=torch.randn(1300, 3) * 0.1, down=torch.randn(3, 700))),
+        "rotated inputs": Rotation(turns=(blocks, blocks), axis="columns", n_other=1500, lengths=torch.rand(1500)),
+        "rotated outputs": Rotation(turns=(blocks,), axis="rows", n_other=1100),
+        "reflected": Rotation(turns=(mirrors,), axis="columns", n_other=1500),
+    }
+
+
+def _kinds_of_other_tuners() -> dict[str, Any]:
+    half = make_scale(0.5)
+    places = torch.randperm(700 * 1601)[:300]
+    directions = torch.randn(2100, 4) * 0.1
+    subspace = Subspace(directions=directions, method="relu", injected=torch.randn(4, 600) * 0.1, scale=half, n_in=600)
+    return {
+        "scaled product": ScaledProduct(
+            up=torch.randn(1200, 16)[:1100],
+            down=torch.randn(16, 1300)[:, :1000],
+            inner=torch.randn(16) * 0.1,
+            row=torch.randn(1100),
+            scale=half,
+        ),
+        "random bases": RandomBases(
+            shared_up=torch.randn(90, 15, 4),
+            shared_down=torch.randn(4, 60),
+            sizes=torch.randn(4, 15) * 0.01,
+            widths=torch.randn(15, 60),
+            is_turned=True,
+            scale=half,
+        ),
+        "block affine": BlockAffine(blocks=torch.randn(20, 60, 60) * 0.01, n_cols=900, scale=half),
+        "circulant": Circulant(kernel=torch.randn(15, 8, 100) * 0.1, scale=half),
+        "spectral": Spectral(
+            rows_of=places // 1601,
+            columns_of=places % 1601,
+            coefficients=torch.randn(300) * 99,
+            n_rows=700,
+            n_cols=1601,
+            scale=half,
+        ),
+        "sparse": Sparse.at(
+            torch.randint(0, 1300, (5000,)), torch.randint(0, 900, (5000,)), torch.randn(5000), (1300, 900), half
+        ),
+        "subspace": subspace,
+        "subspace turned": subspace.transposed(),
+        "principal": Principal(
+            rotation=torch.randn(5, 5, dtype=torch.float64),
+            is_split=True,
+            randomised=Randomised(n_iterations=2, seed=1),
+            n_rows=90,
+            n_cols=70,
+        ),
+        "joint": Joint(
+            basis=torch.randn(60, 60),
+            diagonal=torch.randn(60),
+            row=torch.randint(0, 60, (40,)),
+            column=torch.randint(0, 60, (40,)),
+            entries=torch.randn(40),
+            n_out=2100,
+        ),
+        "network": WeightNetwork(
+            first=torch.randn(4, 2100) * 0.1,
+            encoders=(torch.randn(4, 4),),
+            decoders=(torch.randn(4, 4),),
+            last=torch.randn(2100, 4) * 0.1,
+            activation="gelu",
+            scale=half,
+            n_cols=600,
+        ),
+    }
 
 
 def digests(folder: Path, *patterns: str) -> dict[str, str]:

@@ -21,7 +21,18 @@ makers = importlib.import_module("lora_deploy.export")
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_deploy"
-HEAVY = {"huggingface_hub", "numpy", "onnx", "onnxruntime", "peft", "safetensors", "torch", "transformers"}
+HEAVY = {
+    "huggingface_hub",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "peft",
+    "pydantic",
+    "safetensors",
+    "torch",
+    "transformers",
+    "yaml",
+}
 
 EXIT_CODES = {
     "RecipeError": 2,
@@ -125,6 +136,26 @@ def test_a_planted_wrong_import_breaks_a_contract(
     assert complaint in done.stdout
 
 
+def _imported_on_import(module: str, names: set[str]) -> set[str]:
+    """Modules of the house that a module imports when it is imported itself: at its top level, packages included."""
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parents = {name.rsplit(".", k)[0] for name in imported for k in range(name.count(".") + 1)}
+    return {name for name in parents & names if not f"{module}.".startswith(f"{name}.")}
+
+
+def test_any_module_can_be_imported_first() -> None:
+    names = {module.name for module in pkgutil.walk_packages([str(PACKAGE)], "lora_deploy.")}
+    needs = {name: _imported_on_import(name, names) for name in names}
+    while free := {name for name, needed in needs.items() if not needed}:
+        needs = {name: needed - free for name, needed in needs.items() if name not in free}
+    assert not needs, f"these import each other: {sorted(needs)}"
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -191,13 +222,13 @@ def _is_member(cls: type) -> bool:
 
 @pytest.mark.parametrize(("package", "registry"), REGISTRIES, ids=["READERS", "KINDS", "GRAPH_MAKERS"])
 def test_every_reader_and_kind_is_registered_once(package: ModuleType, registry: tuple[Entry, ...]) -> None:
-    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     modules = [importlib.import_module(name) for name in names if not name.endswith(".interface")]
     defining = {
         module.__name__
         for module in modules
         for value in vars(module).values()
-        if isinstance(value, type) and value.__module__.startswith(module.__name__) and _is_member(value)
+        if isinstance(value, type) and value.__module__ == module.__name__ and _is_member(value)
     }
     assert sorted(entry.path.partition(":")[0] for entry in registry) == sorted(defining)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,28 @@ def test_equal_graphs_and_replayed_weights_prove_the_latency(base: Path, tmp_pat
     proof = document("verify", out, "--only", "latency", "--seconds", "1", exit_code=10)["latency"]["proof"]
     assert proof["is_equal"] is False
     assert "the weights are not the merged ones" in proof["reason"]
+
+
+def test_a_merge_into_a_graph_is_released_with_lines_that_load_it(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m-merged"
+    run("merge", adapter(tmp_path / "adapter", Q), "--base", base / "model.onnx", "-o", out)
+    assert document("release", out, exit_code=10)["error"]["code"] == "replay-missing"
+    document("verify", out, "--seconds", "1")
+    error = document("release", out, exit_code=10)["error"]
+    assert error["code"] == "parity-missing", (
+        "there is no torch model to compare with: a person says that this is enough"
+    )
+    made = document("release", out, "--license", "mit", "--accept", "parity-missing", "--because", "graphs only")
+    root = Path(made["output"])
+    assert made["manifest"]["evidence"]["verdicts"] == {"replay": "pass", "parity": "missing", "latency": "pass"}
+    card = (root / "README.md").read_text()
+    assert "base_model: base\n" in card
+    assert "transformers" not in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in root.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
 
 
 def test_what_does_not_fit_exits_with_4_and_what_reaches_out_with_3(base: Path, tmp_path: Path) -> None:

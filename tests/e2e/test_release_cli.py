@@ -13,8 +13,9 @@ import pytest
 from peft import LoraConfig
 
 from lora_deploy.merge.options import MergeOptions
+from lora_deploy.merge.record import read_record
 from lora_deploy.pipeline import merge, verify
-from lora_deploy.release.manifest import MANIFEST_NAME
+from tests import pipelines
 from tests.e2e.commands import document, run
 from tests.peer.models import llama
 from tests.peer.trained import train
@@ -37,6 +38,7 @@ def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def merged(verified: Path, tmp_path: Path) -> Path:
     shutil.copytree(verified, tmp_path / "m-merged")
+    (tmp_path / "in").symlink_to(verified.parent)
     return tmp_path / "m-merged"
 
 
@@ -52,7 +54,10 @@ def test_release_push_pull_and_verify(merged: Path, tmp_path: Path) -> None:
     pulled = document("pull", tmp_path / "hub" / "m", tmp_path / "back")
     assert pulled["content_digest"] == made["content_digest"]
     before = (tmp_path / "back" / "evidence.json").read_bytes()
-    shown = document("verify", tmp_path / "back", "--only", "replay")
+    error = document("verify", tmp_path / "back", "--only", "replay", exit_code=3)["error"]
+    assert "--adapter" in error["hint"], "a release does not say where its inputs lie"
+    inputs = ("--adapter", merged.parent / "in/adapter", "--base", merged.parent / "in/base")
+    shown = document("verify", tmp_path / "back", "--only", "replay", *inputs)
     assert shown["replay"]["verdict"] == "pass"
     assert (tmp_path / "back" / "evidence.json").read_bytes() == before
 
@@ -79,8 +84,15 @@ def test_the_same_inputs_give_the_same_content(merged: Path, tmp_path: Path) -> 
 def test_nothing_is_a_link_and_nothing_names_this_machine(merged: Path, tmp_path: Path) -> None:
     document("release", merged, "-o", tmp_path / "r")
     assert not any(path.is_symlink() for path in (tmp_path / "r").rglob("*"))
-    for name in ("README.md", "report.html", MANIFEST_NAME, "bom.json", "provenance.json"):
-        assert str(tmp_path) not in (tmp_path / "r" / name).read_text(), name
+    inputs = (merged.parent / "in").resolve()
+    for path in (tmp_path / "r").rglob("*.*"):
+        content = path.read_bytes()
+        for place in (tmp_path, inputs, Path.home(), Path(sys.prefix)):
+            assert str(place).encode() not in content, (path.name, place)
+    record = read_record(tmp_path / "r")
+    assert (record.base.name, record.base.root) == ("base", "")
+    assert [adapter.path for adapter in record.adapters] == ["adapter"]
+    assert record.digest == read_record(merged).digest
 
 
 def test_a_weight_that_changed_after_verify_is_not_released(merged: Path, tmp_path: Path) -> None:
@@ -131,6 +143,18 @@ def test_a_users_own_text_goes_into_the_card(merged: Path, tmp_path: Path) -> No
     )
 
 
+def test_what_cannot_be_is_said_before_anything_is_written(merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert document("release", merged, "-o", tmp_path / "theirs", exit_code=5)["error"]["code"] == "output-exists"
+    assert document("release", merged, "-o", tmp_path / "r", "--sign-key", tmp_path / "no.pem", exit_code=2)["error"]
+    assert document("release", merged, "-o", tmp_path / "r", "--onnx", tmp_path / "gone", exit_code=3)["error"]
+    assert document("release", tmp_path / "gone", exit_code=3)["error"]
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "theirs" / "thesis.txt").read_text() == "years of work"
+
+
 def test_another_release_is_replaced_only_when_asked(merged: Path, tmp_path: Path) -> None:
     document("release", merged)
     assert document("release", merged, "--license", "mit", exit_code=5)["error"]["code"] == "output-exists"
@@ -138,16 +162,47 @@ def test_another_release_is_replaced_only_when_asked(merged: Path, tmp_path: Pat
     assert "license: mit" in (tmp_path / "m-release" / "README.md").read_text()
 
 
+def accepted(*codes: str) -> list[str]:
+    return [word for code in codes for word in ("--accept", code, "--because", "only the card is tested")]
+
+
+def run_snippets(root: Path) -> list[str]:
+    """Run what the card shows, in the release's folder, and give the libraries that it uses."""
+    snippets = re.findall(r"With ([^:\n]*):\n\n```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL)
+    for _, snippet in snippets:
+        command = [sys.executable, "-W", "ignore", "-c", snippet]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=os.environ)
+        assert done.returncode == 0, done.stderr
+    return [library for library, _ in snippets]
+
+
 @pytest.mark.slow
 def test_the_cards_snippets_run(merged: Path, tmp_path: Path) -> None:
     document("export", merged, "--onnx", "--layout", "genai", "--dtype", "float32")
-    words = []
-    for check in ("replay", "parity", "latency"):
-        words += ["--accept", f"{check}-missing", "--because", "only the card is tested"]
+    words = accepted("replay-missing", "parity-missing", "latency-missing")
     document("release", merged, "-o", tmp_path / "r", *words)
-    snippets = re.findall(r"```python\n(.*?)```", (tmp_path / "r" / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 2
-    for snippet in snippets:
-        command = [sys.executable, "-W", "ignore", "-c", snippet]
-        done = subprocess.run(command, cwd=tmp_path / "r", capture_output=True, text=True, check=False, env=os.environ)
-        assert done.returncode == 0, done.stderr
+    assert run_snippets(tmp_path / "r") == ["transformers", "onnxruntime-genai"]
+
+
+@pytest.mark.slow
+def test_the_snippets_of_plain_graphs_run(merged: Path, tmp_path: Path) -> None:
+    document("export", merged, "--onnx", "--dtype", "float32")
+    words = accepted("replay-missing", "parity-missing", "latency-missing")
+    document("release", merged, "-o", tmp_path / "r", *words)
+    assert run_snippets(tmp_path / "r") == ["transformers", "onnxruntime"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_released_and_diffusers_loads_it(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    base = pipelines.stable_diffusion(tmp_path / "base")
+    unet = diffusers.DiffusionPipeline.from_pretrained(base).unet
+    pipelines.train(unet, tmp_path / "adapter", pipelines.UNET_TARGETS)
+    document("merge", tmp_path / "adapter", "--base", base, "--component", "unet", "-o", tmp_path / "merged")
+    verified = document("verify", tmp_path / "merged", "--only", "replay")
+    assert verified["verdict"] == "pass"
+    root = Path(document("release", tmp_path / "merged", *accepted("parity-missing"))["output"])
+    assert run_snippets(root) == ["diffusers"]
+    assert "library_name: diffusers" in (root / "README.md").read_text()
+    for path in root.rglob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name

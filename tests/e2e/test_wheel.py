@@ -1,5 +1,6 @@
 """The wheel that users get holds the whole package and works in an environment that never saw the checkout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     package = ROOT / "lora_deploy"
     kinds = {".py", ".typed", ".jinja"}
     expected = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in kinds}
+    expected |= {f"lora_deploy/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     with ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected
@@ -78,7 +80,8 @@ def test_the_wheel_carries_the_license_and_the_extras(wheel: Path) -> None:
         lines = archive.read(metadata).decode().splitlines()
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"cpu", "gpu", "fast", "export", "genai", "diffusers", "release", "sign", "s3", "demo", "dev"}
+    engines = {"cpu", "gpu", "fast", "export", "genai", "diffusers"}
+    assert extras == engines | {"release", "sign", "s3", "gs", "az", "ray", "demo", "dev"}
 
 
 def test_the_installed_package_is_the_wheels_and_not_the_checkouts(environment: Environment) -> None:
@@ -99,6 +102,11 @@ def test_each_installed_command_explains_itself(environment: Environment, comman
 def test_the_installed_package_runs_as_a_module(environment: Environment) -> None:
     printed = environment.run("python", "-m", "lora_deploy", "--version")
     assert lora_deploy.__version__ in printed
+
+
+def test_the_installed_command_knows_the_recipes_of_the_package(environment: Environment) -> None:
+    found = json.loads(environment.run("lora-deploy", "recipe", "list", "--json"))["recipes"]
+    assert set(found) == {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 
 
 def test_every_module_of_the_installed_package_imports(environment: Environment) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_deploy.errors import LoraDeployError
 from lora_deploy.merge.execute import execute
+from lora_deploy.merge.tasks import Task, carry_out_task
 from tests.merging import model_plan
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -81,11 +82,15 @@ def _merge(
     n_planned: Synchronized[int],
 ) -> None:
     os.environ["LORA_DEPLOY_CACHE"] = str(here / "cache")
-    pause_s = options.pop("pause_s", 0.0)
+    pause_s, task = options.pop("pause_s", 0.0), options.pop("task", None)
     plan = model_plan(here, **options)
     _count_changes(out.parent, n_changes, die_at, tear)
     try:
-        execute(plan, out, progress=_Counting(n_merged, n_planned, pause_s))
+        progress = _Counting(n_merged, n_planned, pause_s)
+        if task is None:
+            execute(plan, out, progress=progress)
+        else:
+            carry_out_task(plan, out, Task(index=task[0], count=task[1]), progress=progress)
     except LoraDeployError as error:
         sys.stderr.write(f"{error}\n")
         os._exit(REFUSED)

@@ -380,7 +380,9 @@ def test_the_record_of_a_shard_is_written_after_the_shard_has_reached_the_disk(
     monkeypatch.setattr(Path, "replace", replace)
     result: Merged = execute(plan, out)
     for shard in plan.shards:
-        temporary, record = f".{shard.file}.{os.getpid()}.tmp", f".{shard.file}.json.{os.getpid()}.tmp"
+        names = [event.removeprefix("flush ") for event in events if event.startswith("flush .")]
+        temporary = next(name for name in names if name.startswith(f".{shard.file}.{os.getpid()}-"))
+        record = next(name for name in names if name.startswith(f".{shard.file}.json.{os.getpid()}-"))
         steps = [
             f"flush {temporary}",
             f"rename {temporary} to {shard.file}",

@@ -20,6 +20,8 @@ class Fault:
     """Do it, then cut the connection."""
     abort_after: int | None = None
     """Cut the connection once so many bytes of the body have come."""
+    fail_after: int | None = None
+    """Answer 500 once so many bytes of the body have come."""
     hang_seconds: float = 0.0
     corrupt: bool = False
     """Keep one byte of the object wrongly, after it was checked."""

@@ -2,7 +2,9 @@
 
 Two origins: the hub on 127.0.0.1, storage on 127.0.0.2. It checks what the real one checks: tokens and their rights,
 signed storage addresses, sizes and digests of objects, the parent of a commit, that a large file was verified before a
-commit names it. ``faults`` make it misbehave; ``requests`` is what was asked; ``leaks`` are tokens that storage saw.
+commit names it, the card's metadata. Large files come over LFS, or, where ``xet`` names a folder, over the xet
+protocol: hf_xet itself then cuts them into chunks below that folder. ``faults`` make the hub misbehave; ``requests`` is
+what was asked; ``leaks`` are tokens that storage saw.
 """
 
 from __future__ import annotations
@@ -20,76 +22,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, quote, unquote
 
 import uvicorn
+import yaml
 
 from tests.hubs.faults import Fault
 from tests.hubs.repositories import Blob, Repository, Store, sha256_of
+from tests.hubs.transport import Answer, Call, CutError, RefusedError, ranged, receive_file, send_answer
+from tests.hubs.xet import stored_hashes
 
 KEY = b"storage"
 REGULAR_BYTES = 10_000_000
 Scope = dict[str, Any]
-
-
-class RefusedError(Exception):
-    """An answer other than 200."""
-
-    def __init__(self, status: int, message: str, code: str = "", body: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-        self.body = body or {"error": message}
-
-
-class CutError(Exception):
-    """The connection ends without an answer."""
-
-
-@dataclass
-class Call:
-    method: str
-    parts: list[str]
-    query: dict[str, list[str]]
-    headers: dict[str, str]
-    receive: Callable[[], Awaitable[dict[str, Any]]]
-    abort_after: int | None = None
-
-    async def body(self) -> bytes:
-        found = bytearray()
-        async for piece in self.pieces():
-            found += piece
-        return bytes(found)
-
-    async def pieces(self) -> Any:
-        n_bytes = 0
-        while True:
-            message = await self.receive()
-            if message["type"] != "http.request":
-                raise CutError
-            piece = message.get("body", b"")
-            n_bytes += len(piece)
-            if self.abort_after is not None and n_bytes >= self.abort_after:
-                raise CutError
-            yield piece
-            if not message.get("more_body"):
-                return
-
-    async def json(self) -> Any:
-        return json.loads(await self.body())
-
-
-@dataclass
-class Answer:
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    file: Path | None = None
-    start: int = 0
-    stop: int = 0
-
-    @classmethod
-    def of(cls, value: Any, status: int = 200) -> Answer:
-        return cls(json.dumps(value).encode(), status, {"content-type": "application/json"})
 
 
 @dataclass
@@ -105,6 +50,15 @@ class Hub:
     leaks: list[str] = field(default_factory=list)
     on_before_commit: Callable[[Repository], None] | None = None
     ignores_parent: bool = False
+    on_commit: Callable[[str, Blob], Blob] | None = None
+    """What is kept in place of a file of a commit."""
+    organisations: dict[str, set[str]] = field(default_factory=lambda: {"team": {"me"}})
+    """Who may write to a namespace besides the user of that name."""
+    xet: Path | None = None
+    xet_address: str | None = None
+    """Where large files go in place of that folder."""
+    page: int = 1000
+    """Entries of a page of a tree."""
     url: str = ""
     storage_url: str = ""
 
@@ -139,14 +93,14 @@ class Hub:
                 raise ConnectionAbortedError from None
             if fault is not None:
                 answer.headers |= fault.headers
-            await _send(answer, call, send)
+            await send_answer(answer, call, send)
 
         return run
 
     async def _answer(self, call: Call, fault: Fault | None, *, is_storage: bool) -> Answer:
         if fault is not None:
             await asyncio.sleep(fault.hang_seconds)
-            call.abort_after = fault.abort_after
+            call.abort_after, call.fail_after = fault.abort_after, fault.fail_after
             if fault.status:
                 raise RefusedError(fault.status, fault.text)
         answer = await (self._storage(call, fault) if is_storage else self._hub(call))
@@ -162,17 +116,22 @@ class Hub:
             case "POST", ["api", "repos", "create"]:
                 return self._create(self._user(call), await call.json())
             case "POST", ["api", "validate-yaml"]:
-                return Answer.of({"errors": [], "warnings": []})
+                return _validate(await call.json())
             case "GET", ["api", "whoami-v2"]:
                 return Answer.of({"name": self._user(call)[0], "type": "user", "auth": {}})
             case "POST", [owner, name, "info", "lfs", "objects", "batch"]:
+                self._user(call)  # who may only read sends objects for a pull request
                 return self._batch(
-                    self._repository(call, owner, name.removesuffix(".git"), writes=True), await call.json()
+                    self._repository(call, owner, name.removesuffix(".git"), writes=False), await call.json()
                 )
             case "POST", [owner, name, "lfs-verify"]:
-                return self._verify(self._repository(call, owner, name, writes=True), await call.json())
+                self._user(call)
+                return self._verify(self._repository(call, owner, name, writes=False), await call.json())
             case _, ["api", "models", owner, name, *rest]:
-                writes = method == "POST"
+                writes = method == "POST" or "xet-write-token" in rest
+                if "create_pr" in call.query:
+                    self._user(call)
+                    writes = False
                 return await self._model(call, self._repository(call, owner, name, writes=writes), rest)
             case (("GET" | "HEAD"), [owner, name, "resolve", revision, *path]):
                 return self._resolve(self._repository(call, owner, name, writes=False), revision, "/".join(path))
@@ -185,13 +144,16 @@ class Hub:
             case "GET", ["revision", revision]:
                 return self._about(repository, revision)
             case "GET", ["tree", revision, *_]:
-                commit = self._commit_of(repository, revision)
-                return Answer.of([blob.to_json(path) for path, blob in sorted(commit.files.items())])
+                return self._tree(repository, revision, int(call.query.get("cursor", ["0"])[0]))
+            case "GET", [("xet-read-token" | "xet-write-token"), revision]:
+                if "create_pr" not in call.query:  # with it the client asks for a revision "None"
+                    self._commit_of(repository, revision)
+                return self._xet_token()
             case "GET", ["commits", revision]:
                 self._commit_of(repository, revision)
                 return Answer.of([_log(commit) for commit in repository.history(revision)])
             case "GET", ["refs"]:
-                return Answer.of(_refs(repository))
+                return Answer.of(_refs(repository, with_proposals="include_prs" in call.query))
             case "POST", ["preupload", revision]:
                 return self._preupload(repository, revision, await call.json())
             case "POST", ["branch", branch]:
@@ -216,15 +178,17 @@ class Hub:
         given = call.headers.get("authorization", "").removeprefix("Bearer ")
         user, role = self._user(call) if writes or given else ("", "read")
         found = self.store.repositories.get(f"{owner}/{name}")
-        if found is None or (found.private and user != owner):
+        is_own = user == owner or user in self.organisations.get(owner, set())
+        if found is None or (found.private and not is_own):
             raise RefusedError(404 if user else 401, "Repository not found", "RepoNotFound")
-        if writes and (user != owner or role != "write"):
+        if writes and not (is_own and role == "write"):
             raise RefusedError(403, "You don't have the rights to write here")
         return found
 
     def _create(self, user: tuple[str, str], wanted: dict[str, Any]) -> Answer:
         owner = wanted.get("organization") or user[0]
-        if owner != user[0] or user[1] != "write":
+        is_own = owner == user[0] or user[0] in self.organisations.get(owner, set())
+        if not is_own or user[1] != "write":
             raise RefusedError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         name = f"{owner}/{wanted['name']}"
         url = f"{self.url}/{name}"
@@ -233,6 +197,33 @@ class Hub:
                 raise RefusedError(409, "You already created this model repo", body={"error": "exists", "url": url})
             self.store.repositories[name] = Repository(name, private=wanted.get("visibility") != "public")
         return Answer.of({"url": url, "name": name})
+
+    def _tree(self, repository: Repository, revision: str, start: int) -> Answer:
+        hashes = self._xet_hashes()
+        entries = []
+        for path, blob in sorted(self._commit_of(repository, revision).files.items()):
+            entry = blob.to_json(path)
+            if blob.sha256 in hashes:
+                entry["xetHash"] = hashes[blob.sha256]
+            entries.append(entry)
+        answer = Answer.of(entries[start : start + self.page])
+        if start + self.page < len(entries):
+            place = f"{self.url}/api/models/{repository.name}/tree/{quote(revision, safe='')}"
+            query = f"recursive=true&cursor={start + self.page}"
+            answer.headers["link"] = f'<{place}?{query}>; rel="next"'
+        return answer
+
+    def _xet_hashes(self) -> dict[str, str]:
+        return stored_hashes(self.xet) if self.xet is not None else {}
+
+    def _xet_token(self) -> Answer:
+        if self.xet is None:
+            raise RefusedError(404, "Not Found")
+        address, expires = self.xet_address or f"local://{self.xet}", int(time.time()) + 3600
+        answer = Answer.of({"casUrl": address, "accessToken": "xet_secret", "exp": expires})
+        answer.headers |= {"x-xet-cas-url": address, "x-xet-access-token": "xet_secret"}
+        answer.headers["x-xet-token-expiration"] = str(expires)
+        return answer
 
     def _commit_of(self, repository: Repository, revision: str) -> Any:
         found = repository.resolve(revision)
@@ -286,14 +277,18 @@ class Hub:
             self.on_before_commit(repository)
         with self.store.lock:
             head = self._commit_of(repository, revision)
-            if revision not in repository.branches and not is_proposal:
+            if revision not in {**repository.branches, **repository.proposals}:
                 raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             expected = header.get("parentCommit")
             if expected and not head.id.startswith(expected) and not is_proposal and not self.ignores_parent:
                 raise RefusedError(412, "A commit has happened since. Please refresh and try again.")
+            if is_proposal and expected:
+                head = self._commit_of(repository, expected)
             files = dict(head.files)
             for line in lines[1:]:
                 self._apply(repository, files, line["key"], line["value"])
+            if self.on_commit is not None:
+                files = {path: self.on_commit(path, blob) for path, blob in files.items()}
             made = repository.add(head.id, header["summary"], files)
             answer = {"commitUrl": f"{self.url}/{repository.name}/commit/{made}", "commitOid": made}
             if is_proposal:
@@ -301,7 +296,8 @@ class Hub:
                 repository.proposals[f"refs/pr/{number}"] = made
                 answer["pullRequestUrl"] = f"{self.url}/{repository.name}/discussions/{number}"
             else:
-                repository.branches[revision] = made
+                refs = repository.branches if revision in repository.branches else repository.proposals
+                refs[revision] = made
         return Answer.of(answer)
 
     def _apply(self, repository: Repository, files: dict[str, Blob], key: str, value: dict[str, Any]) -> None:
@@ -314,12 +310,15 @@ class Hub:
                 raise RefusedError(400, f"{path} is too large, use git-lfs")
             files[path] = Blob(size=len(content), content=content)
         elif key == "lfsFile":
-            if value["oid"] not in repository.verified:
+            if value["oid"] not in repository.verified and value["oid"] not in self._xet_hashes():
                 raise RefusedError(400, f"{path}: LFS object {value['oid']} was not uploaded")
             files[path] = Blob(size=value["size"], sha256=value["oid"])
         elif key == "deletedFile":
             if files.pop(path, None) is None:
                 raise RefusedError(404, f"no entry {path}", "EntryNotFound")
+        elif key == "deletedFolder":
+            for inside in [name for name in files if name.startswith(path.rstrip("/") + "/")]:
+                del files[inside]
         else:
             raise RefusedError(400, f"unknown operation {key}")
 
@@ -364,7 +363,7 @@ class Hub:
     async def _storage(self, call: Call, fault: Fault | None) -> Answer:
         oid, size, part = call.parts[0], int(call.parts[1]), call.parts[2]
         if call.method in {"GET", "HEAD"}:
-            return _ranged(self.store.object_path(oid), call.headers.get("range"))
+            return ranged(self.store.object_path(oid), call.headers.get("range"))
         if not hmac.compare_digest(call.query.get("signature", [""])[0], _signature("/".join(call.parts[:3]))):
             raise RefusedError(403, "SignatureDoesNotMatch")
         if call.method == "POST":
@@ -372,7 +371,7 @@ class Hub:
         if "content-length" not in call.headers:
             raise RefusedError(411, "MissingContentLength")
         path = self.store.folder / f"{oid}.{part}"
-        etag = await _receive(call, path)
+        etag = await receive_file(call, path)
         if part == "whole":
             self._keep(path, oid, size, corrupt=fault is not None and fault.corrupt)
         return Answer(headers={"etag": f'"{etag}"'})
@@ -411,6 +410,9 @@ class Hub:
         if blob.content is not None:
             return Answer(blob.content, 200, headers | {"etag": f'"{blob.oid}"'})
         linked = {"x-linked-etag": f'"{blob.sha256}"', "x-linked-size": str(blob.size)}
+        if (found := self._xet_hashes().get(str(blob.sha256))) is not None:
+            route = f"{self.url}/api/models/{repository.name}/xet-read-token/{commit.id}"
+            linked |= {"x-xet-hash": found, "link": f'<{route}>; rel="xet-auth"'}
         return Answer(b"", 302, headers | linked | {"location": f"{self.storage_url}/{blob.sha256}/{blob.size}/whole"})
 
 
@@ -423,52 +425,30 @@ def _log(commit: Any) -> dict[str, Any]:
     return {"id": commit.id, "title": commit.title, "message": "", "authors": [{"user": "me"}], "date": when}
 
 
-def _refs(repository: Repository) -> dict[str, Any]:
+def _refs(repository: Repository, *, with_proposals: bool) -> dict[str, Any]:
     branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repository.branches.items()]
     tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": c} for n, c in repository.tags.items()]
-    return {"branches": branches, "tags": tags, "converts": []}
+    found = {"branches": branches, "tags": tags, "converts": []}
+    if with_proposals:
+        found["pullRequests"] = [
+            {"name": ref.removeprefix("refs/"), "ref": ref, "targetCommit": c}
+            for ref, c in repository.proposals.items()
+        ]
+    return found
 
 
-async def _receive(call: Call, path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    n_bytes = 0
-    with path.open("wb") as stream:
-        async for piece in call.pieces():
-            stream.write(piece)
-            digest.update(piece)
-            n_bytes += len(piece)
-    if n_bytes != int(call.headers["content-length"]):
-        raise RefusedError(400, "IncompleteBody")
-    return digest.hexdigest()
-
-
-def _ranged(path: Path, wanted: str | None) -> Answer:
-    if not path.is_file():
-        raise RefusedError(404, "NoSuchKey")
-    size = path.stat().st_size
-    if wanted is None:
-        return Answer(file=path, stop=size)
-    first, _, last = wanted.removeprefix("bytes=").partition("-")
-    start, stop = int(first), int(last) + 1 if last else size
-    return Answer(
-        status=206, headers={"content-range": f"bytes {start}-{stop - 1}/{size}"}, file=path, start=start, stop=stop
-    )
-
-
-async def _send(answer: Answer, call: Call, send: Any) -> None:
-    n_bytes = answer.stop - answer.start if answer.file else len(answer.body)
-    headers = answer.headers | {"content-length": str(n_bytes)}
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": answer.status, "headers": raw})
-    if call.method == "HEAD" or answer.file is None:
-        await send({"type": "http.response.body", "body": b"" if call.method == "HEAD" else answer.body})
-        return
-    with answer.file.open("rb") as stream:
-        stream.seek(answer.start)
-        while n_bytes:
-            piece = stream.read(min(n_bytes, 1 << 20))
-            n_bytes -= len(piece)
-            await send({"type": "http.response.body", "body": piece, "more_body": bool(n_bytes)})
+def _validate(wanted: dict[str, Any]) -> Answer:
+    """The card's metadata must be YAML, and a mapping."""
+    parts = wanted["content"].split("---\n", 2)
+    try:
+        found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else {}
+    except yaml.YAMLError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise RefusedError(
+            400, "Invalid metadata", body={"errors": [{"message": f"bad YAML: {found}"}], "warnings": []}
+        )
+    return Answer.of({"errors": [], "warnings": []})
 
 
 @contextmanager
@@ -499,6 +479,6 @@ def serving(folder: Path, **options: Any) -> Iterator[Hub]:
 
 
 def _bound(host: str) -> socket.socket:
-    sock = socket.socket()
+    sock = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio leaves small answers waiting for 40 ms
     sock.bind((host, 0))
     return sock

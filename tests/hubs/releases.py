@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lora_deploy.merge.record import RecordedFile
@@ -20,12 +21,21 @@ FILES = {
 def make_release(root: Path, files: dict[str, bytes] | None = None) -> Path:
     """Write files and the manifest that names them."""
     contents = FILES if files is None else files
+    return write_release(root, {name: iter([content]) for name, content in contents.items()})
+
+
+def write_release(root: Path, files: Mapping[str, Iterable[bytes]]) -> Path:
+    """Write files from pieces, and the manifest that names them."""
     recorded = []
-    for name, content in sorted(contents.items()):
+    for name, pieces in sorted(files.items()):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        recorded.append(RecordedFile(path=name, n_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+        digest = hashlib.sha256()
+        with path.open("wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+                digest.update(piece)
+        recorded.append(RecordedFile(path=name, n_bytes=path.stat().st_size, sha256=digest.hexdigest()))
     manifest = Manifest(
         schema=SCHEMA,
         name="tiny",

@@ -258,6 +258,19 @@ def test_public_is_asked_for(hub: Hub, release: Path, options: PushOptions) -> N
     assert not hub.store.repositories[NAME].private
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_nothing_goes_to_a_repository_that_others_see_than_was_asked_for(
+    hub: Hub, release: Path, options: PushOptions, private: bool
+) -> None:
+    push(make_release(release.parent / "first", {"config.json": b"{}"}), NAME, replace(options, private=not private))
+    for act in (preview, push):
+        with pytest.raises(PushError, match="was asked") as caught:
+            act(release, NAME, replace(options, private=private))
+        assert caught.value.code == "other-visibility"
+    assert n_commits(hub) == 2
+    push(release, NAME, options)
+
+
 def test_a_dry_run_changes_nothing(hub: Hub, release: Path, options: PushOptions) -> None:
     would = preview(release, NAME, options)
     assert {str(file.path) for file in would.to_send} == {*FILES, MANIFEST_NAME}
@@ -268,10 +281,10 @@ def test_a_dry_run_changes_nothing(hub: Hub, release: Path, options: PushOptions
 def test_a_hub_that_hangs_ends_by_our_timeout(
     hub: Hub, release: Path, options: PushOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_deploy.hubs import huggingface
+    from lora_deploy.hubs import commit, session
 
-    monkeypatch.setattr(huggingface, "_READ_SECONDS", 0.5)
-    monkeypatch.setattr(huggingface, "N_TRIES", 1)
+    monkeypatch.setattr(session, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(commit, "N_TRIES", 1)
     hub.faults.append(Fault("POST", "/commit/", hang_seconds=5))
     with pytest.raises(HubUnavailableError) as caught:
         push(release, NAME, options)

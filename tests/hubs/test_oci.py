@@ -2,91 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import socket
-import subprocess
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from lora_deploy.errors import (
     DigestMismatchError,
     HubUnavailableError,
-    NotAuthorisedError,
     PushError,
     RecipeError,
+    ReleaseError,
     RevisionConflictError,
 )
+from lora_deploy.hubs.modelpack import MANIFEST_TYPE
+from lora_deploy.hubs.oci import Registry
 from lora_deploy.hubs.open import open_hub
 from lora_deploy.hubs.options import PushOptions
 from lora_deploy.hubs.registry_client import http_library
 from lora_deploy.push import preview, pull, push
-from lora_deploy.release.manifest import check
+from lora_deploy.release.manifest import MANIFEST_NAME, check
+from tests.hubs.registries import Running, serving
 from tests.hubs.releases import FILES, make_release
 
 OPTIONS = PushOptions()
-CONFIG = """
-version: 0.1
-storage: {{filesystem: {{rootdirectory: {folder}}}, delete: {{enabled: true}}}}
-http: {{addr: "127.0.0.1:{port}"}}
-{auth}
-"""
-
-
-@dataclass(frozen=True)
-class Running:
-    host: str
-    folder: Path
-
-    @property
-    def target(self) -> str:
-        return f"oci://{self.host}/team/model:v1"
-
-    def blob(self, sha256: str) -> Path:
-        return self.folder / "docker/registry/v2/blobs/sha256" / sha256[:2] / sha256 / "data"
-
-
-def run_registry(folder: Path, auth: str = "") -> Iterator[Running]:
-    program = shutil.which("docker-registry")
-    if program is None:
-        pytest.skip("needs a registry: docker-registry is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder.mkdir()
-    (folder / "config.yml").write_text(CONFIG.format(folder=folder, port=port, auth=auth))
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([program, "serve", str(folder / "config.yml")], stdout=log, stderr=log)
-    try:
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield Running(f"127.0.0.1:{port}", folder)
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Running]:
-    yield from run_registry(tmp_path / "registry")
-
-
-@pytest.fixture
-def locked_registry(tmp_path: Path) -> Iterator[Running]:
-    program = shutil.which("htpasswd")
-    if program is None:
-        pytest.skip("needs htpasswd")
-    made = subprocess.run([program, "-Bbn", "me", "secret"], capture_output=True, text=True, check=True)
-    (tmp_path / "htpasswd").write_text(made.stdout)
-    auth = f"auth: {{htpasswd: {{realm: test, path: {tmp_path / 'htpasswd'}}}}}"
-    yield from run_registry(tmp_path / "registry", auth)
 
 
 def test_round_trip(registry: Running, release: Path, tmp_path: Path) -> None:
@@ -114,7 +59,8 @@ def test_media_types_are_those_of_the_specification(registry: Running, release: 
 
 def test_again_sends_nothing_and_another_release_needs_a_word(registry: Running, release: Path, tmp_path: Path) -> None:
     push(release, registry.target, OPTIONS)
-    assert push(release, registry.target, OPTIONS).n_sent_bytes == 0
+    again = push(release, registry.target, OPTIONS)
+    assert (again.n_sent_bytes, again.notes) == (0, ("it held this release already",))
     assert preview(release, registry.target, OPTIONS).to_send == ()
     other = make_release(tmp_path / "other", {"config.json": b"{}"})
     with pytest.raises(RevisionConflictError, match="names another artifact") as caught:
@@ -135,8 +81,9 @@ def test_a_blob_that_rots_in_the_registry_is_not_pulled(registry: Running, relea
     resumed = pull(registry.target, tmp_path / "back", OPTIONS)
     assert resumed == check(tmp_path / "back")
     blob.write_bytes(blob.read_bytes()[::-1])
-    with pytest.raises(DigestMismatchError, match=r"onnx/model\.onnx"):
+    with pytest.raises(PushError, match=r"onnx/model\.onnx: the target says") as caught:
         push(release, registry.target, OPTIONS)  # it has the blob by name; what comes back is another
+    assert caught.value.code == "digest-mismatch"
 
 
 def test_a_changed_file_is_not_pushed(registry: Running, release: Path) -> None:
@@ -148,17 +95,119 @@ def test_a_changed_file_is_not_pushed(registry: Running, release: Path) -> None:
         hub.listing()
 
 
-def test_credentials(locked_registry: Running, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    with pytest.raises(NotAuthorisedError):
-        push(release, locked_registry.target, OPTIONS)
-    with pytest.raises(NotAuthorisedError) as caught:
-        push(release, locked_registry.target, PushOptions(token="me:wrong-secret"))
-    assert "wrong-secret" not in str(caught.value)
-    push(release, locked_registry.target, PushOptions(token="me:secret"))
-    auths = {locked_registry.host: {"auth": "bWU6c2VjcmV0"}}
-    (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
-    pull(locked_registry.target, tmp_path / "back", OPTIONS)
+def test_a_tag_that_somebody_moves_meanwhile(
+    registry: Running, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_release(tmp_path / "other", {"config.json": b"{}"})
+    read_back = Registry.read_back
+
+    def late(self: Registry, *args: Any) -> Any:
+        monkeypatch.setattr(Registry, "read_back", read_back)
+        push(other, registry.target, replace(OPTIONS, yes=True))
+        return read_back(self, *args)
+
+    monkeypatch.setattr(Registry, "read_back", late)
+    with pytest.raises(RevisionConflictError, match="somebody else moved it") as caught:
+        push(release, registry.target, OPTIONS)
+    assert caught.value.code == "moved"
+
+
+def test_a_tag_that_moves_while_it_is_pulled_is_pulled_as_it_was(
+    registry: Running, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(release, registry.target, OPTIONS)
+    other = make_release(tmp_path / "other", {"config.json": b"{}"})
+    listing = Registry.listing
+
+    def moved(self: Registry) -> Any:
+        found = listing(self)
+        push(other, registry.target, replace(OPTIONS, yes=True))
+        return found
+
+    monkeypatch.setattr(Registry, "listing", moved)
+    assert pull(registry.target, tmp_path / "back", OPTIONS) == check(release)
+
+
+def test_the_manifest_itself_rots_in_the_registry(registry: Running, release: Path, tmp_path: Path) -> None:
+    receipt = push(release, registry.target, OPTIONS)
+    blob = registry.blob(receipt.digests[MANIFEST_NAME].removeprefix("sha256:"))
+    blob.write_bytes(blob.read_bytes().replace(b'"tiny"', b'"huge"'))
+    with pytest.raises(DigestMismatchError, match=MANIFEST_NAME):
+        pull(registry.target, tmp_path / "back", OPTIONS)
+
+
+def test_a_push_that_breaks_off_names_nothing_and_resumes(
+    registry: Running, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Registry._send_file
+    sent: list[Path] = []
+
+    def cut(self: Registry, root: Path, file: Any) -> None:
+        if len(sent) == 2:
+            raise HubUnavailableError("cut")
+        send(self, root, file)
+        sent.append(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "_send_file", cut)
+        with pytest.raises(HubUnavailableError):
+            push(release, registry.target, OPTIONS)
+    with pytest.raises(PushError, match="no such tag"), open_hub(registry.target, OPTIONS) as hub:
+        hub.listing()
+    receipt = push(release, registry.target, OPTIONS)
+    assert receipt.n_sent_bytes == receipt.n_bytes - sum(file.n_bytes for file in sent)
+
+
+def test_a_registry_that_hangs_ends_by_our_timeout(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_deploy.hubs import registry_client
+
+    monkeypatch.setattr(registry_client, "_READ_SECONDS", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(HubUnavailableError) as caught:
+            push(release, f"oci://127.0.0.1:{silent.getsockname()[1]}/team/model:v1", OPTIONS)
+    assert caught.value.code == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (403, "forbidden"),
+        (404, "not-found"),
+        (409, "conflict"),
+        (412, "moved"),
+        (429, "rate-limited"),
+        (503, "hub-failed"),
+    ],
+)
+def test_each_refusal_has_its_own_code(release: Path, status: int, code: str) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815 - a name of http.server
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with serving(Refusing, "127.0.0.1") as url, pytest.raises(PushError) as caught:
+        push(release, f"oci://{urlsplit(url).netloc}/team/model:v1", OPTIONS)
+    assert caught.value.code == code
+    assert str(status) in caught.value.message
+
+
+def test_options_of_repositories_are_refused(registry: Running, release: Path) -> None:
+    for options in (replace(OPTIONS, tag="v2"), replace(OPTIONS, create_pr=True), replace(OPTIONS, private=False)):
+        with pytest.raises(RecipeError, match="is for repositories"):
+            push(release, registry.target, options)
 
 
 def test_nothing_listens(release: Path) -> None:
@@ -172,6 +221,22 @@ def test_nothing_listens(release: Path) -> None:
 def test_no_reference(target: str, release: Path) -> None:
     with pytest.raises(RecipeError):
         push(release, target, OPTIONS)
+
+
+def test_an_artifact_of_something_else(registry: Running, release: Path, tmp_path: Path) -> None:
+    image = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "layers": []}
+    with open_hub(registry.target, OPTIONS) as hub:
+        assert isinstance(hub, Registry)
+        hub._send_bytes(b"{}")
+        config = {"mediaType": "application/vnd.oci.image.config.v1+json", "size": 2}
+        image["config"] = config | {"digest": "sha256:" + hashlib.sha256(b"{}").hexdigest()}
+        layer = {**image["config"], "mediaType": "application/vnd.oci.image.layer.v1.tar"}
+        for layers, what in (([layer], "is no model artifact"), ([], "it is no release")):
+            content = json.dumps({**image, "layers": layers}).encode()
+            headers = {"content-type": MANIFEST_TYPE}
+            hub._client.request("PUT", "manifests/v1", content=content, headers=headers)
+            with pytest.raises((PushError, ReleaseError), match=what):
+                pull(registry.target, tmp_path / "back", OPTIONS)
 
 
 def test_a_push_needs_a_tag(registry: Running, release: Path) -> None:

@@ -18,12 +18,16 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers.exporters import ExportedModel
 
+from lora_deploy.adapters.open import read_adapter
+from lora_deploy.bases import open_base
 from lora_deploy.errors import ExportError, IncompatibleAdapterError, OutputExistsError
 from lora_deploy.export.execute import Exported
 from lora_deploy.export.generate import _adapter_file, greedy_tokens
 from lora_deploy.export.options import ExportOptions
 from lora_deploy.export.record import read_record
 from lora_deploy.pipeline import add_to_export, check_graph_fit, execute_multi_lora, plan_of_multi_lora
+from lora_deploy.validate import bind
+from tests.builders import merged_values
 from tests.parity.exports import assert_close, contents, tokens
 from tests.peer.models import llama
 from tests.peer.trained import Trained, save_base, train
@@ -132,6 +136,19 @@ def test_each_adapter_says_what_its_unmerged_model_says_and_none_what_the_base_s
     if adapter is not None:
         base = many.expected(None, inputs)
         assert (many.expected(adapter, inputs) - base).abs().max() > 0.02 * base.abs().max()
+
+
+@pytest.mark.parametrize("adapter", CONFIGS)
+def test_a_file_for_onnxruntime_reads_back_as_the_adapter_that_it_was(many: Many, adapter: str) -> None:
+    """Within the rounding of s·B to float32."""
+    base = open_base(str(many.base))
+    found, expected = (
+        merged_values(bind([read_adapter(path)], base))
+        for path in (many.folder / f"{adapter}.onnx_adapter", many.trained[adapter].adapter)
+    )
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (found[name] - values).abs().max() <= 1e-6 * values.abs().max(), name
 
 
 def test_decoding_over_a_cache_is_adapted_too(many: Many) -> None:

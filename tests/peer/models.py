@@ -30,6 +30,7 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -155,10 +156,10 @@ def whisper() -> WhisperForConditionalGeneration:
     return randomize(WhisperForConditionalGeneration(config))
 
 
-def llava() -> LlavaForConditionalGeneration:
-    """Every tensor has another name on disk than in memory."""
+def llava(text: PreTrainedConfig | None = None) -> LlavaForConditionalGeneration:
+    """Every tensor has another name on disk than in memory; a llama reads the text, or what ``text`` configures."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)
+    text = text or LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **sizes)
     vision = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
     return randomize(
         LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=3))

@@ -1,4 +1,4 @@
-"""Four adapters of PEFT 0.6.1, with their bases and the outputs it computed: merged weights compute the same."""
+"""Eight adapters of PEFT 0.6.1, with their bases and the outputs it computed: merged weights compute the same."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ ORACLES = [
     Oracle("lora_mlp_modules_to_save", _perceptron, {"lin0.weight"}),
     Oracle("lora_conv2d", _convolution, {"conv2d.weight"}),
     Oracle("lora_emb_conv1d", _embedding_and_conv1d, {"emb.weight", "conv1d.weight"}),
+    Oracle("adalora_mlp", _perceptron, {"lin0.weight"}),
+    Oracle("ia3_mlp", _perceptron, {"lin0.weight"}),
+    Oracle("ia3_no_ff_mlp", _perceptron, {"lin0.weight", "lin0.bias"}),
+    Oracle("ia3_conv2d", _convolution, {"conv2d.weight"}),
 ]
 
 

@@ -68,7 +68,8 @@ CLASSES = {
 }
 
 
-def _small(model_type: str) -> PreTrainedConfig:
+def small(model_type: str) -> PreTrainedConfig:
+    """Configure a model as small as the library lets it be."""
     cls = CONFIG_MAPPING[model_type]
     known = cls().to_dict()
     return cls(**{name: size for name, size in SIZES.items() if name in known})
@@ -78,10 +79,10 @@ def _build(model_type: str, cls: type[PreTrainedModel]) -> nn.Module:
     """Build a small model, or skip: that is the library's business, not ours."""
     try:
         with torch.device("meta"):
-            n_parameters = sum(parameter.numel() for parameter in cls(_small(model_type)).parameters())
+            n_parameters = sum(parameter.numel() for parameter in cls(small(model_type)).parameters())
         if n_parameters > MAX_PARAMETERS:
             pytest.skip(f"{n_parameters} parameters at the smallest")
-        model = randomize(cls(_small(model_type)))
+        model = randomize(cls(small(model_type)))
         forward(model, _inputs(model))
     except Exception as error:  # noqa: BLE001 - each of the library's models has its own idea of a wrong size
         pytest.skip(f"cannot be built small: {error!r:.100}")

@@ -105,6 +105,16 @@ def perturb(model: nn.Module) -> None:
             parameter.data.add_(noise * 0.3)
 
 
+def take_steps(model: nn.Module, inputs: Inputs, n_steps: int = 2) -> None:
+    """Train what is trainable to make the output small."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    inputs = {name: t.float() if t.is_floating_point() else t for name, t in inputs.items()}
+    for _ in range(n_steps):
+        optimizer.zero_grad()
+        output_of(model, inputs).square().mean().backward()
+        optimizer.step()
+
+
 def save_base(model: nn.Module, folder: Path, **options: Any) -> Path:
     """Save a base as its library does; a toy module's state dict goes into one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,19 +132,23 @@ def train(
     *,
     base: Path | None = None,
     before: Callable[[PeftModel], None] | None = None,
+    inputs: Inputs | None = None,
     **saving: Any,
 ) -> Trained:
     """Adapt, perturb and save.
 
     ``base`` is where the model came from, if its base is not simply the model itself; ``before`` sees the adapted
-    model at its start.
+    model at its start. With ``inputs`` it is really trained on them, for two steps, in place of being perturbed.
     """
     base = base or save_base(model, folder / "base")
     with peft_advice_unheard():
         trained = get_peft_model(copy.deepcopy(model), config)
         if before is not None:
             before(trained)
-        perturb(trained)
+        if inputs is None:
+            perturb(trained)
+        else:
+            take_steps(trained.eval(), inputs)
         trained.eval().save_pretrained(folder / "adapter", **saving)
     return Trained(
         base=base, adapter=folder / "adapter", model=trained.double(), bare=copy.deepcopy(model).double().eval()
@@ -166,6 +180,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     """Logits, or the first output."""
+    return output_of(model, inputs)
+
+
+def output_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """As ``forward``, with what a gradient needs."""
     output = model(**inputs)
     if isinstance(output, Tensor):
         return output

@@ -19,6 +19,7 @@ from lora_deploy.inspection import ModuleReport, effective_rank, inspect_adapter
 from lora_deploy.updates import KINDS
 from lora_deploy.updates.addition import Addition
 from lora_deploy.updates.dora import Dora
+from lora_deploy.updates.hadamard import Hadamard, Pair
 from lora_deploy.updates.interface import Scale
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.replacement import Replacement
@@ -185,3 +186,10 @@ def test_a_real_adapter_is_measured_whole() -> None:
     assert {module.measured.dtype for module in found.modules} == {"float16"}
     assert {module.measured.scale.source for module in found.modules} == {"lora_alpha 8 / r 4 (adapter_config.json)"}
     assert found.findings == ()
+
+
+def test_what_a_nested_kind_is_made_of_is_measured(tmp_path: Path) -> None:
+    """LoHa's four factors lie in two pairs."""
+    pair = Pair(up=torch.ones(4, 2, dtype=torch.bfloat16), down=torch.ones(2, 3, dtype=torch.bfloat16))
+    found = report_of(Hadamard(first=pair, second=pair, scale=make_scale()), tmp_path)
+    assert (found.measured.dtype, found.measured.shape) == ("bfloat16", (4, 3))

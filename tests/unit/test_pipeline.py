@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lora_deploy
 from lora_deploy import pipeline
 from lora_deploy.adapter import Adapter, BaseHint, Orientation
+from lora_deploy.artifact import cache_root
 from lora_deploy.bases import open_base
 from lora_deploy.errors import InconclusiveError, InputError, RecipeError, ReplayError
 from lora_deploy.evidence.dossier import Evidence
+from lora_deploy.evidence.options import VerifyOptions
 from lora_deploy.evidence.outcome import NotApplicable, Outcome, TensorOutcome
 from lora_deploy.evidence.replay import ReplayReport
-from lora_deploy.evidence.verdict import Verdict
+from lora_deploy.evidence.verdict import Check, Verdict
 from lora_deploy.merge.options import MergeOptions
 from lora_deploy.merge.record import read_record
 from lora_deploy.updates.replacement import Replacement
@@ -93,7 +98,32 @@ def test_a_file_that_copies_one_base_tensor_is_no_base() -> None:
 def test_a_base_that_is_quantised_by_its_name_is_refused_with_the_originals_name() -> None:
     with pytest.raises(InputError, match="quantised") as caught:
         pipeline.named_base([naming("unsloth/llama-3-8b-bnb-4bit")])
-    assert caught.value.hint == "merge it into the 16-bit original: --base unsloth/llama-3-8b"
+    original = "merge it into the 16-bit original: --base unsloth/llama-3-8b"
+    assert caught.value.hint == f"{original}, or unpack this one: --dequantize"
+
+
+def test_a_base_that_is_quantised_by_its_name_is_the_base_where_it_is_to_be_dequantised() -> None:
+    named = naming("unsloth/llama-3-8b-bnb-4bit")
+    assert pipeline.named_base([named], dequantize=True) == "unsloth/llama-3-8b-bnb-4bit"
+
+
+def test_a_merge_into_a_dequantised_base_is_verified_even_when_the_cache_was_emptied_since(tmp_path: Path) -> None:
+    tensors = {"fc.weight": WEIGHT.to(torch.float8_e4m3fn), "fc.weight_scale": torch.full((1,), 0.5)}
+    config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}}
+    base = make_checkpoint(tmp_path / "base", tensors, config).root
+    adapter = save_peft(tmp_path / "lora", FACTORS, {"r": 1, "lora_alpha": 1, "target_modules": ["fc"]})
+    merged = pipeline.merge(adapter, base=base, output=tmp_path / "out", dequantize=True)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["fc.weight"], (WEIGHT / 2 + DELTA).half())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged.record.base.name == str(base)
+    assert "dequantised-base" in {finding.code for finding in merged.record.findings}
+    only = VerifyOptions(only=(Check.REPLAY,))
+    assert pipeline.verify(tmp_path / "out", options=only).verdict is Verdict.PASS
+    shutil.rmtree(cache_root())
+    with pytest.raises(InputError, match=r"quantised \(fp8\)") as caught:
+        pipeline.verify(tmp_path / "out", options=only)
+    assert str(caught.value.hint).endswith("--dequantize")
+    assert pipeline.verify(tmp_path / "out", options=only, dequantize=True).verdict is Verdict.PASS
 
 
 def test_a_local_folder_may_be_called_anything(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_an_old_torch_file_and_parameters_are_read(tmp_path: Path) -> None:
         ({}, "holds no tensors"),
         ({"r": 8, "lora_alpha": 16}, "2 of 2 entries are not tensors, first 'r'"),
         (torch.ones(2, 3), r"one bare tensor of shape \(2, 3\)"),
-        ([torch.ones(1)], "found a list"),
+        ([torch.ones(1)], "a list of 1 entries, expected pairs of tensors"),
     ],
     ids=["empty", "configuration", "bare", "list"],
 )
@@ -252,62 +252,73 @@ def test_a_header_whose_length_reads_like_a_page_is_a_header(tmp_path: Path) -> 
 
 # ------------------------------------------------------------------------------------------------------- other formats
 
-KEYS_OF_OTHER_FORMATS = {
-    "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": "kohya",
-    "diffusion_model.blocks.0.attn.q.lora_down.weight": "kohya",
-    "lora_unet_down_blocks_0_conv.hada_w1_a": "LyCORIS",
-    "lora_unet_down_blocks_0_conv.lokr_w1": "LyCORIS",
-    "unet.down_blocks.0.attn1.processor.to_q_lora.up.weight": "diffusers",
-    "text_encoder.layers.0.q_proj.lora_linear_layer.up.weight": "diffusers",
-    "unet.down_blocks.0.attn1.to_q.lora_A.weight": "diffusers",
-    "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "diffusers",
-    "double_blocks.0.processor.qkv_lora1.down.weight": "XLabs Flux",
-    "double_blocks.0.img_attn.qkv.lora_A.weight": "BFL Flux",
-    "model.layers.0.self_attn.q_proj.lora_a": "MLX",
-    "layers.0.attn.q_proj.lora_a.weight": "torchtune",
-    "transformer.h.0.attn.qkv.lora_A": "litgpt",
+FORMATS_OF_PAIRS = {
+    "lora_unet_down_blocks_0_attn1_to_q.lora_{down,up}.weight": "kohya",
+    "diffusion_model.blocks.0.attn.q.lora_{down,up}.weight": "kohya",
+    "lycoris_transformer_blocks_0_attn_to_q.lora_{down,up}.weight": "kohya",
+    "unet.down_blocks.0.attn1.processor.to_q_lora.{down,up}.weight": "diffusers",
+    "text_encoder.layers.0.q_proj.lora_linear_layer.{down,up}.weight": "diffusers",
+    "unet.down_blocks.0.attn1.to_q.lora_{A,B}.weight": "diffusers",
+    "diffusion_model.blocks.0.attn.q.lora_{A,B}.weight": "diffusers",
+    "transformer.single_transformer_blocks.0.attn.to_q.lora_{A,B}.weight": "diffusers",
+    "transformer.blocks.0.attn1.to_q.lora_{A,B}.weight": "diffusers",
+    "double_blocks.0.processor.qkv_lora1.{down,up}.weight": "xlabs",
+    "double_blocks.0.img_attn.qkv.lora_{A,B}.weight": "bfl",
+    # Language models whose names begin like a pipeline's component.
+    "transformer.h.0.attn.c_attn.lora_{A,B}.weight": "peft",
+    "transformer.blocks.0.attn.Wqkv.lora_{A,B}.weight": "peft",
+    "base_model.model.transformer.blocks.0.ffn.up_proj.lora_{A,B}.weight": "peft",
 }
 
 
-@pytest.mark.parametrize(("key", "name"), KEYS_OF_OTHER_FORMATS.items())
-def test_a_file_of_a_format_that_comes_later_is_refused_by_its_name(tmp_path: Path, key: str, name: str) -> None:
-    save_file({"a.norm": torch.ones(1), key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
-    with pytest.raises(UnknownAdapterFormatError, match=rf": {name} .*format not supported yet") as caught:
-        read_adapter(tmp_path / "a.safetensors", ReadOptions(alpha=1))
-    assert caught.value.code == "format-not-supported"
+@pytest.mark.parametrize(("pair", "name"), FORMATS_OF_PAIRS.items())
+def test_a_lone_file_is_known_by_its_keys(tmp_path: Path, pair: str, name: str) -> None:
+    stem, _, rest = pair.partition("{")
+    ways, _, tail = rest.partition("}")
+    keys = [f"{stem}{way}{tail}" for way in ways.split(",")]
+    save_file({key: torch.ones(2, 2) for key in keys}, tmp_path / "a.safetensors")
+    adapter = read_adapter(tmp_path / "a.safetensors", ReadOptions(alpha=1))
+    assert adapter.format == name
+    (update,) = adapter.updates
+    assert sorted(update.keys) == sorted(keys)
+
+
+def test_a_pipelines_header_says_that_a_transformer_is_a_denoiser(tmp_path: Path) -> None:
+    tensors = {f"transformer.h.0.attn.to_q.lora_{way}.weight": torch.ones(2, 2) for way in "AB"}
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 3})}
+    save_file(tensors, tmp_path / "a.safetensors", header)
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    assert adapter.format == "diffusers"
+    assert adapter.updates[0].update.scale.value == 1.5
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.gguf", b"GGUF\x03\x00\x00\x00", "llama.cpp GGUF adapter"),
-        ("a.onnx_adapter", b"\x18\x00\x00\x00TORT\x00", "ONNX Runtime adapter"),
-        ("a.bin", b"GGUF\x03\x00\x00\x00", "llama.cpp GGUF adapter"),
+        ("a.gguf", b"GGUF\x03\x00\x00\x00", "not a readable GGUF file"),
+        ("a.onnx_adapter", b"\x18\x00\x00\x00TORT\x00", "damaged ONNX Runtime adapter"),
+        ("a.bin", b"GGUF\x03\x00\x00\x00", "not a readable GGUF file"),
+        ("a.npz", b"PK\x03\x04", "not a readable npz file"),
     ],
 )
-def test_a_container_of_another_format_is_refused_by_its_name(
+def test_a_container_is_known_by_its_first_bytes_and_its_damage_is_said(
     tmp_path: Path, name: str, content: bytes, problem: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UnknownAdapterFormatError, match=f"{problem}: format not supported yet"):
+    with pytest.raises(MalformedAdapterError, match=problem):
         read_adapter(tmp_path / name, ReadOptions())
 
 
 def test_numpy_archives_are_told_apart_by_their_names(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", **{"model.q.lora_a": np.ones(2)})
-    np.savez(tmp_path / "b.npz", **{"model.q.lora_A.weight": np.ones(2)})
-    for name, format_name in (("a", "MLX npz"), ("b", "ONNX Runtime GenAI npz")):
-        with pytest.raises(UnknownAdapterFormatError, match=format_name):
-            read_adapter(tmp_path / f"{name}.npz", ReadOptions())
+    np.savez(tmp_path / "a.npz", **{"model.q.lora_a": np.ones((3, 2)), "model.q.lora_b": np.ones((2, 4))})
+    np.savez(tmp_path / "b.npz", **{"model.q.lora_A.weight": np.ones((3, 2)), "model.q.lora_B.weight": np.ones((2, 4))})
+    assert read_adapter(tmp_path / "a.npz", ReadOptions(alpha=1)).format == "mlx"
+    assert read_adapter(tmp_path / "b.npz", ReadOptions()).format == "onnx"
 
 
 @pytest.mark.parametrize(
     ("peft_type", "error", "problem"),
     [
-        ("IA3", UnknownAdapterFormatError, "PEFT IA3: format not supported yet"),
-        ("ADALORA", UnknownAdapterFormatError, "PEFT ADALORA: format not supported yet"),
-        ("LOHA", UnknownAdapterFormatError, "PEFT LOHA: format not supported yet"),
-        ("TRAINABLE_TOKENS", UnknownAdapterFormatError, "PEFT TRAINABLE_TOKENS: format not supported yet"),
         (
             "PREFIX_TUNING",
             UnmergeableAdapterError,
@@ -328,17 +339,25 @@ def test_every_other_peft_type_is_refused_with_its_reason(
 def test_peft_has_no_type_that_is_not_decided_here() -> None:
     from peft import PeftType
 
-    from lora_deploy.adapters.unsupported import PEFT_LATER, PEFT_NEVER
+    from lora_deploy.adapters.tuners import TUNERS
+    from lora_deploy.adapters.unsupported import PEFT_NEVER
 
-    decided = {"LORA", *PEFT_LATER, *PEFT_NEVER}
-    assert {member.value for member in PeftType} <= decided
-    assert not PEFT_LATER & set(PEFT_NEVER)
+    read = ["LORA", *(entry.name for entry in TUNERS)]
+    decided = [*read, *PEFT_NEVER]
+    assert {member.value for member in PeftType} <= set(decided)
+    assert len(decided) == len(set(decided))
+
+
+def test_a_registered_tuner_has_the_type_it_is_registered_under() -> None:
+    from lora_deploy.adapters.tuners import TUNERS
+
+    assert {entry.name: entry.load().peft_type for entry in TUNERS} == {entry.name: entry.name for entry in TUNERS}
 
 
 def test_the_configuration_of_mlx_is_recognised_whatever_the_keys_are(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(1)}, tmp_path / "adapters.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"num_layers": 8, "lora_parameters": {"rank": 4, "scale": 10.0}}')
-    with pytest.raises(UnknownAdapterFormatError, match="MLX: format not supported yet"):
+    with pytest.raises(MalformedAdapterError, match=r"a\.weight: mlx-lm writes lora_a, lora_b and m here"):
         read_adapter(tmp_path, ReadOptions())
 
 

@@ -194,7 +194,11 @@ def test_a_magnitude_makes_dora(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("tensors", "config", "problem"),
     [
-        ({"q.lora_magnitude_vector": torch.ones(2)}, {}, "a magnitude in the file, but use_dora is false"),
+        (
+            {"q.lora_magnitude_vector": torch.ones(2)},
+            {"use_dora": False},
+            "a magnitude in the file, but use_dora is false",
+        ),
         ({}, {"use_dora": True}, "no magnitude in the file, but use_dora is true"),
         ({"q.lora_magnitude_vector": torch.ones(3)}, {"use_dora": True}, "magnitude has 3 values, expected 2"),
         ({"q.lora_B.bias": torch.ones(2)}, {}, "a lora_B.bias in the file, but lora_bias is false"),

@@ -37,6 +37,7 @@ METHODS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "declared by MLX": ({f"{X}.weight": PLAIN}, {"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
     "bitsandbytes names": ({f"{X}.weight": PACKED, f"{X}.weight.absmax": torch.zeros(1)}, {}, "bitsandbytes"),
     "8-bit bitsandbytes names": ({f"{X}.weight": PLAIN, f"{X}.SCB": torch.zeros(1)}, {}, "bitsandbytes"),
+    "declared act-order": ({f"{X}.weight": PLAIN}, {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
     "GPTQ names": ({f"{X}.qweight": PACKED.to(torch.int32), f"{X}.qzeros": PACKED}, {}, "GPTQ or AWQ"),
     "MXFP4 names": ({"experts.gate_up_proj_blocks": PACKED, "experts.gate_up_proj_scales": PACKED}, {}, "MXFP4"),
     "compressed-tensors names": ({f"{X}.weight_packed": PACKED.to(torch.int32)}, {}, "compressed-tensors"),
@@ -54,6 +55,16 @@ def test_packed_weights_are_refused_by_method(
     with pytest.raises(InputError, match=rf"quantised \({method}\)") as caught:
         open_base(str(tmp_path / "Tiny-1B-GPTQ-Int4"))
     assert caught.value.code == "quantised-base"
+    original, _, other = str(caught.value.hint).partition(",")
+    assert original.endswith("Tiny-1B")
+    assert ("--dequantize" in other) == (method != "GPTQ or AWQ")
+
+
+def test_a_packing_that_is_not_known_is_refused_by_name_although_it_is_to_be_dequantised(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "hqq"}}
+    make_checkpoint(tmp_path / "Tiny-1B-4bit", {f"{X}.weight": PLAIN}, config)
+    with pytest.raises(InputError, match=r"\(hqq\): cannot be dequantised: known are bitsandbytes, gptq") as caught:
+        open_base(str(tmp_path / "Tiny-1B-4bit"), dequantize=True)
     assert str(caught.value.hint).endswith("Tiny-1B")
 
 

@@ -6,8 +6,17 @@ from click.testing import CliRunner
 
 from lora_deploy.cli import main
 
-READ = {"--alpha", "--adapter-name", "--enable-lora", "--base-is-residual"}
-BIND = {"--base", "--weight", "--include", "--exclude", "--component", "--variant", "--dequantize"}
+READ = {"--alpha", "--adapter-name", "--enable-lora", "--base-is-residual", "--mlx-legacy-alpha"}
+BIND = {
+    "--base",
+    "--weight",
+    "--include",
+    "--exclude",
+    "--component",
+    "--variant",
+    "--dequantize",
+    "--into-language-model",
+}
 SHOWN = {"--json", "-q", "--quiet", "-h", "--help"}
 OPTIONS = {
     "inspect": READ | SHOWN,
@@ -15,7 +24,8 @@ OPTIONS = {
     "merge": READ
     | BIND
     | SHOWN
-    | {"-o", "--output", "--dtype", "--device", "--tokenizer", "--max-shard-size", "--memory", "--dry-run", "--fresh"},
+    | {"-o", "--output", "--dtype", "--device", "--tokenizer", "--max-shard-size", "--memory", "--dry-run", "--fresh"}
+    | {"--task-index", "--task-count", "--finalize", "--executor"},
     "export": READ
     | BIND
     | SHOWN
@@ -34,6 +44,7 @@ OPTIONS = {
         "--skip",
         "--probes",
         "--public-key",
+        "--certificate",
         "--layerwise",
         "--provider",
         "--latency-bound",
@@ -49,6 +60,7 @@ OPTIONS["release"] = SHOWN | {
     "--license",
     "--card-template",
     "--sign-key",
+    "--sign-certificate",
     "--accept",
     "--because",
     "--fresh",
@@ -63,6 +75,20 @@ OPTIONS["push"] = SHOWN | {
     "--dry-run",
     "--yes",
 }
+OPTIONS["run"] = SHOWN | {
+    "--from",
+    "--until",
+    "--only",
+    "--set",
+    "--fresh",
+    "--dry-run",
+    "--token",
+    "--junit",
+    "--executor",
+}
+OPTIONS["convert"] = READ | BIND | SHOWN | {"--to", "-o", "--output"}
+OPTIONS["formats"] = SHOWN | {"--markdown"}
+OPTIONS["doctor"] = SHOWN
 OPTIONS["pull"] = SHOWN | {"--token"}
 OPTIONS["bench"] = SHOWN | {"--against", "--provider", "--threads", "--latency-bound", "--seconds"}
 
@@ -79,7 +105,10 @@ def test_a_command_has_the_options_it_promises(name: str) -> None:
 
 
 def test_there_are_no_other_commands() -> None:
-    assert set(main.commands) == set(OPTIONS)
+    assert set(main.commands) == set(OPTIONS) | {"recipe"}
+    group = main.commands["recipe"]
+    assert isinstance(group, click.Group)
+    assert set(group.commands) == {"init", "show", "schema", "list"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

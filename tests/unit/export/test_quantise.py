@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from torch import Tensor
 
@@ -69,7 +69,8 @@ def quantised(folder: Path, method: str, tensors: Mapping[str, Tensor] | None = 
 def whole_by_the_tool(model: Any, method: str, folder: Path, *, is_symmetric: bool) -> Any:
     """What onnxruntime's tool makes of a whole graph at once."""
     if method == "int8":
-        quantize_dynamic(model, folder / "tool.onnx", op_types_to_quantize=["MatMul"], per_channel=True)
+        path = folder / "tool.onnx"
+        quantize_dynamic(model, path, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QUInt8)
         return onnx.load(folder / "tool.onnx")
     bits = 4 if method == "int4" else 8
     tool = MatMulNBitsQuantizer(model, bits=bits, block_size=32, is_symmetric=is_symmetric, accuracy_level=4)

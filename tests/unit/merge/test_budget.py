@@ -23,7 +23,8 @@ from lora_deploy.merge.plan import MergePlan, plan_merge
 from lora_deploy.updates.dora import Dora
 from lora_deploy.updates.low_rank import LowRank
 from lora_deploy.updates.residual import Residual
-from tests.builders import low_rank, make_checkpoint
+from lora_deploy.updates.scaled_product import ScaledProduct
+from tests.builders import low_rank, make_checkpoint, make_scale
 from tests.merging import binding_of, digests, model_plan
 
 BUDGET = importlib.import_module("lora_deploy.merge.budget")
@@ -152,6 +153,10 @@ def test_the_plan_grows_with_factors_workers_and_what_a_factorisation_holds(
     assert planned_peak(tmp_path / "d", shape, dora) > small
     whole = Residual(low_rank=low_rank(*shape, rank=4), method="pissa")
     assert planned_peak(tmp_path / "e", shape, whole) >= planned_peak(tmp_path / "f", shape, dora) + 8 * 2_000_000
+    product = ScaledProduct(
+        up=torch.ones(2000, 512), down=torch.ones(512, 1000), inner=torch.ones(512), scale=make_scale(1)
+    )
+    assert planned_peak(tmp_path / "g", shape, product) >= planned_peak(tmp_path / "f", shape, dora) + 8 * 512_000
 
 
 def test_a_high_rank_takes_no_more_than_planned_where_everything_is_open(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_deploy.adapter import BaseHint, ModuleUpdate, Orientation
+from lora_deploy.adapter import Adapter, BaseHint, ModuleUpdate, Naming, Orientation
 from lora_deploy.checkpoint import Checkpoint, CheckpointRef
 from lora_deploy.errors import Finding, IncompatibleAdapterError, RecipeError, Severity
 from lora_deploy.tensors import Region
@@ -399,3 +399,37 @@ def test_what_the_reader_noticed_is_kept(tmp_path: Path) -> None:
 
 def test_an_update_of_low_rank_keeps_its_type(tmp_path: Path) -> None:
     assert isinstance(bind([linear_adapter({UP: (6, 4)})], llama(tmp_path)).updates[UP][0].update, LowRank)
+
+
+# ------------------------------------------------------------------------------------------------------ flattened names
+
+
+def flattened(*modules: str) -> Adapter:
+    updates = [stored(f"{module}.weight", low_rank(4, 4)) for module in modules]
+    return replace(adapter_of(*updates), naming=Naming.FLATTENED)
+
+
+def test_underscores_are_the_dots_of_the_one_module_that_fits(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, {"a_b.c.weight": torch.randn(4, 4), "a.d.weight": torch.randn(4, 4)})
+    assert [*bind([flattened("a_b_c", "a_d")], checkpoint).updates] == ["a.d.weight", "a_b.c.weight"]
+
+
+def test_underscores_that_fit_two_modules_are_ambiguous(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, {"a_b.c.weight": torch.randn(4, 4), "a.b_c.weight": torch.randn(4, 4)})
+    (finding,) = misfits([flattened("a_b_c")], checkpoint)
+    assert finding.code == "ambiguous-target"
+    assert finding.message == "with dots for underscores it fits a.b_c.weight and a_b.c.weight"
+
+
+def test_underscores_of_no_module_are_missing_with_the_nearest(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, {"down.attn.to_q.weight": torch.randn(4, 4)})
+    (finding,) = misfits([flattened("down_attn_to_qq")], checkpoint)
+    assert finding.code == "target-missing"
+    assert finding.message == "not in base; nearest: down_attn_to_q"
+
+
+def test_underscores_of_a_module_without_the_tensor_say_which(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, {"down.attn.to_q.weight": torch.randn(4, 4)})
+    bias = stored("down_attn_to_q.bias", Addition(values=torch.ones(4), scale=make_scale(1)))
+    (finding,) = misfits([replace(adapter_of(bias), naming=Naming.FLATTENED)], checkpoint)
+    assert (finding.code, finding.target) == ("bias-missing", "down.attn.to_q.bias")
