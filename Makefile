@@ -7,14 +7,15 @@ INSTALLED := .venv/.installed
 JOBS ?= 2
 SIZE ?= 1b
 
-.PHONY: help demo test check bench bench-onnx nightly clean
+.PHONY: help demo test check bench bench-onnx docs nightly clean
 
 help:
 	@echo "make demo     inspect, validate, merge and replay a real adapter on a real model, and compare their answers"
 	@echo "make test     all tests but the nightly ones       (JOBS=$(JOBS) workers; PYTEST_ARGS=... for pytest)"
-	@echo "make check    lint, format, types, layers"
+	@echo "make check    lint, format, types, layers, workflows"
 	@echo "make bench    speed and memory beside peers        (SIZE=1b or 8b)"
 	@echo "make bench-onnx  exports and their speed beside peers (BENCH_ARGS=... for benchmarks/run_onnx.py)"
+	@echo "make docs     this documentation as a site, in build/site"
 	@echo "make nightly  the large tests; their result goes to docs/nightly.md, what can be exported to docs/coverage.md"
 	@echo "make clean    remove .venv, caches and builds"
 
@@ -30,12 +31,18 @@ check: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/zizmor --offline --no-progress --min-severity medium ci/github/*.yml
+	@if command -v actionlint >/dev/null; then actionlint ci/github/example.yml ci/github/release-adapter.yml; \
+		else echo "note: actionlint is not installed: workflows are linted by zizmor alone"; fi
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/run.py --size $(SIZE)
 
 bench-onnx: $(INSTALLED)
 	$(RUN) benchmarks/run_onnx.py $(BENCH_ARGS)
+
+docs: $(INSTALLED)
+	.venv/bin/mkdocs build --quiet -d build/site
 
 nightly: $(INSTALLED)
 	.ci/nightly
