@@ -11,9 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 
-def main(base: str, adapter: str, out: str) -> None:
+def main(base: str, adapter: str, out: str, device: str = "cpu") -> None:
     """Merge as PEFT's documentation does."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(out)
     for path in Path(out).iterdir():

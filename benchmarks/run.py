@@ -15,10 +15,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from measure import Run, measure
 from shapes import SHAPES
 from synthetic import make_adapter, make_base
@@ -45,10 +46,12 @@ def main() -> None:
     os.environ["LORA_DEPLOY_CACHE"] = str(folder / "cache")
     log = folder / "log.txt"
     out = folder / "out"
-    rows = _rows(base, adapter, out, options.mergekit) if not options.no_peers else _own_rows(base, adapter, out)
+    rows = _own_rows(base, adapter, out, options.devices)
+    if not options.no_peers:
+        rows += _peer_rows(base, adapter, out, options)
     kept = folder / "kept"
     shutil.rmtree(kept, ignore_errors=True)
-    measure(_merge(base, adapter, kept, "base"), log)  # also fills the digest cache
+    measure(_merge(base, adapter, kept, "base", options.devices[0]), log)  # also fills the digest cache
     rows.append(Row("lora-deploy verify (of --dtype base)", [*_CLI, "verify", str(kept), "-q"], removes=False))
     runs: dict[str, list[Run]] = {row.name: [] for row in rows}
     for number in range(options.rounds):
@@ -65,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SHAPES, default="1b")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=["cpu"], help="a row for each")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lora-deploy-bench")
     mergekit = Path(sys.executable).with_name("mergekit-yaml")
     parser.add_argument("--mergekit", type=Path, default=mergekit, help="mergekit-yaml of an environment that has it")
@@ -72,26 +76,38 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _merge(base: Path, adapter: Path, out: Path, dtype: str) -> list[str]:
-    return [*_CLI, "merge", str(adapter), "--base", str(base), "-o", str(out), "--dtype", dtype, "-q"]
+def _merge(base: Path, adapter: Path, out: Path, dtype: str, device: str) -> list[str]:
+    options = ["--dtype", dtype, "--device", device, "-q"]
+    return [*_CLI, "merge", str(adapter), "--base", str(base), "-o", str(out), *options]
 
 
-def _own_rows(base: Path, adapter: Path, out: Path) -> list[Row]:
+def _own_rows(base: Path, adapter: Path, out: Path, devices: Sequence[str]) -> list[Row]:
     copy = f"mkdir {out} && cp --reflink=never {base}/* {out}/ && sync {out}/*"
     return [
         Row("durable copy (cp --reflink=never, sync)", ["sh", "-c", copy]),
-        Row("lora-deploy merge --dtype base", _merge(base, adapter, out, "base")),
-        Row("lora-deploy merge --dtype float16", _merge(base, adapter, out, "float16")),
+        *(
+            Row(f"lora-deploy merge --dtype {dtype}{_on(device)}", _merge(base, adapter, out, dtype, device))
+            for device in devices
+            for dtype in ("base", "float16")
+        ),
     ]
 
 
-def _rows(base: Path, adapter: Path, out: Path, mergekit: Path) -> list[Row]:
+def _on(device: str) -> str:
+    return "" if device == "cpu" else f" --device {device}"
+
+
+def _peer_rows(base: Path, adapter: Path, out: Path, options: argparse.Namespace) -> list[Row]:
     script = str(Path(__file__).with_name("peft_merge.py"))
     name = f"PEFT {importlib.metadata.version('peft')} merge_and_unload + save_pretrained"
     rows = [
-        *_own_rows(base, adapter, out),
-        Row(name, [sys.executable, script, str(base), str(adapter), str(out)]),
+        Row(
+            name if device == "cpu" else f"{name}, on {device}",
+            [sys.executable, script, str(base), str(adapter), str(out), device],
+        )
+        for device in options.devices
     ]
+    mergekit = options.mergekit
     if mergekit.exists():
         recipe = out.with_name("mergekit.yaml")
         recipe.write_text(
@@ -137,8 +153,9 @@ def _median(runs: list[Run], figure: Callable[[Run], float]) -> float:
 def _machine() -> str:
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    torch = importlib.metadata.version("torch")
-    return f"{cores} cores {platform.machine()}, {memory:.0f} GiB, Python {platform.python_version()}, torch {torch}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{gpu}{cores} cores {platform.machine()}, {memory:.0f} GiB, {versions}"
 
 
 if __name__ == "__main__":
