@@ -14,8 +14,8 @@ from torch import Tensor
 
 TILE_ELEMENTS = 1 << 17
 """Elements of a tile: its float64 values take 1 MiB, which fits the L2 cache of a server core."""
-DEVICE_TILE_ELEMENTS = 1 << 22
-"""Elements of a tile on an accelerator, where starting work costs more than memory."""
+DEVICE_TILE_ELEMENTS = 1 << 20
+"""Elements of a tile on an accelerator, where starting work costs more than memory: as many as a chunk has."""
 
 _REDUCING = (
     "allow_fp16_reduced_precision_reduction",
@@ -64,7 +64,7 @@ class Workspace:
             buffer = self._buffers.get((use, dtype))
             if buffer is None or buffer.numel() < rows * cols:
                 self._views = {}  # those of a smaller buffer would keep it
-                buffer = torch.empty(max(rows * cols, self.tile_elements), dtype=dtype, device=self.device)
+                buffer = torch.empty(rows * cols, dtype=dtype, device=self.device)
                 self._buffers[use, dtype] = buffer
             view = self._views[key] = buffer[: rows * cols].view(rows, cols)
         return view

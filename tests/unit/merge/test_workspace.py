@@ -80,6 +80,7 @@ def test_buffers_are_shared_by_use_and_dtype_and_dropped_when_the_tile_shrinks()
     assert workspace.take("other", torch.float64, 3, 5).data_ptr() != first.data_ptr()
     large = workspace.take("values", torch.float64, 2, TILE_ELEMENTS)
     assert workspace.take("values", torch.float64, 3, 5).data_ptr() == large.data_ptr()
+    assert sum(buffer.numel() for buffer in workspace._buffers.values()) == 2 * TILE_ELEMENTS + 15 + 15  # none unasked
     assert not workspace.shrink()
     assert not workspace._buffers
 
