@@ -52,7 +52,8 @@ def main() -> None:
     kept = folder / "kept"
     shutil.rmtree(kept, ignore_errors=True)
     measure(_merge(base, adapter, kept, "base", options.devices[0]), log)  # also fills the digest cache
-    rows.append(Row("lora-deploy verify (of --dtype base)", [*_CLI, "verify", str(kept), "-q"], removes=False))
+    replay = [*_CLI, "verify", str(kept), "--only", "replay", "-q"]
+    rows.append(Row("lora-deploy verify --only replay (of --dtype base)", replay, removes=False))
     runs: dict[str, list[Run]] = {row.name: [] for row in rows}
     for number in range(options.rounds):
         for row in rows:
