@@ -32,8 +32,11 @@ check: $(INSTALLED)
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
 	.venv/bin/zizmor --offline --no-progress --min-severity medium ci/github/*.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows ci/github/example.yml ci/github/release-adapter.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-actions ci/github/action.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.gitlab-ci --data-transform gitlab-ci ci/gitlab/release-adapter.yml
 	@if command -v actionlint >/dev/null; then actionlint ci/github/example.yml ci/github/release-adapter.yml; \
-		else echo "note: actionlint is not installed: workflows are linted by zizmor alone"; fi
+		else echo "note: actionlint is not installed: workflows are held against their schemas, and linted by zizmor alone"; fi
 
 bench: $(INSTALLED)
 	$(RUN) benchmarks/run.py --size $(SIZE)

@@ -1,7 +1,7 @@
 """Every recipe planned over the tensor table of the real model: its names, shapes and sizes, and no weights.
 
-The tables are those of the real configurations, built without memory; the published number of parameters says that each is
-the real one. Weight files are holes of the real length, which a plan never reads.
+The tables are those of the real configurations, built without memory; the published number of parameters says that each
+is the real one. Weight files are holes of the real length, which a plan never reads.
 """
 
 from __future__ import annotations
