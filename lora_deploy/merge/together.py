@@ -30,7 +30,7 @@ class Wanted:
     form: Form | None = None
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ended:
     """What became of one of them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from click.testing import CliRunner, Result
@@ -21,3 +22,8 @@ def document(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
     assert result.exit_code == exit_code, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found
+
+
+def settings(values: Mapping[str, object]) -> list[str]:
+    """Say values of a recipe on the command line."""
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]

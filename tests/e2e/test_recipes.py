@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig
 
 from lora_deploy.recipe.library import library
 from lora_deploy.recipe.read import read_recipe
 from tests import pipelines
-from tests.e2e.commands import document
+from tests.e2e.commands import document, settings
 from tests.parity.test_decoders import qwen3
 from tests.peer.models import clip, gpt2, llama, llava, mixtral, t5, vit, whisper
-from tests.peer.test_every_architecture_peer import small
-from tests.peer.trained import Trained, assert_rounded_once, randomize, reload, tensors_of, train
+from tests.peer.small import of_class
+from tests.peer.trained import Trained, assert_rounded_once, reload, tensors_of, train
 from tests.peer.vision_language import idefics2
-
-
-def _of_class(name: str) -> Any:
-    cls = getattr(transformers, name)
-    return randomize(cls(small(cls.config_class.model_type)))
-
 
 STANDINS: dict[str, tuple[Callable[[], Any], LoraConfig]] = {
     "smollm2": (llama, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")),
@@ -36,15 +29,15 @@ STANDINS: dict[str, tuple[Callable[[], Any], LoraConfig]] = {
 }
 """Run always."""
 OTHERS: dict[str, tuple[Callable[[], Any], LoraConfig]] = {
-    "bloom": (partial(_of_class, "BloomForCausalLM"), LoraConfig(r=4, target_modules="all-linear")),
+    "bloom": (partial(of_class, "BloomForCausalLM"), LoraConfig(r=4, target_modules="all-linear")),
     "clip": (clip, LoraConfig(r=4, target_modules=["q_proj", "out_proj", "fc1"])),
-    "gemma": (partial(_of_class, "Gemma2ForCausalLM"), LoraConfig(r=4, target_modules="all-linear")),
+    "gemma": (partial(of_class, "Gemma2ForCausalLM"), LoraConfig(r=4, target_modules="all-linear")),
     "gpt-2": (gpt2, LoraConfig(r=4, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)),
     "idefics": (idefics2, LoraConfig(r=4, target_modules=["q_proj", "down_proj", "fc2"])),
     "llava": (llava, LoraConfig(r=4, target_modules=r".*(language_model|vision_tower).*(q_proj|fc1|up_proj)")),
-    "mistral-7b": (partial(_of_class, "MistralForCausalLM"), LoraConfig(r=4, target_modules="all-linear")),
+    "mistral-7b": (partial(of_class, "MistralForCausalLM"), LoraConfig(r=4, target_modules="all-linear")),
     "mixtral-8x7b": (mixtral, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])),
-    "phi": (partial(_of_class, "Phi3ForCausalLM"), LoraConfig(r=4, target_modules=["qkv_proj", "gate_up_proj"])),
+    "phi": (partial(of_class, "Phi3ForCausalLM"), LoraConfig(r=4, target_modules=["qkv_proj", "gate_up_proj"])),
     "qwen3": (qwen3, LoraConfig(r=4, target_modules="all-linear")),
     "whisper": (whisper, LoraConfig(r=4, target_modules=["q_proj", "fc1", "out_proj"])),
 }
@@ -59,7 +52,7 @@ CHEAP = [
 ]
 
 
-def settings(adapter: Path, base: Path, folder: Path) -> list[str]:
+def chosen_for(adapter: Path, base: Path, folder: Path) -> list[str]:
     said = {
         "adapters": adapter,
         "base": base,
@@ -67,13 +60,13 @@ def settings(adapter: Path, base: Path, folder: Path) -> list[str]:
         "release.license": "mit",
         "targets": folder / "published",
     }
-    return [word for key, value in said.items() for word in ("--set", f"{key}={value}")]
+    return settings(said)
 
 
 def standin(name: str, folder: Path) -> tuple[Trained, list[str]]:
     model, config = (STANDINS | OTHERS)[name]
     trained = train(model(), config, folder)
-    return trained, settings(trained.adapter, trained.base, folder)
+    return trained, chosen_for(trained.adapter, trained.base, folder)
 
 
 def test_every_recipe_has_a_standin() -> None:
@@ -102,7 +95,7 @@ def test_a_component_of_a_pipeline_is_merged_as_trained_and_the_others_travel(na
     model = cls.from_pretrained(base / component).double()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     trained = pipelines.train(model, tmp_path / "adapter", targets)
-    found = document("run", name, *settings(tmp_path / "adapter", base, tmp_path), *CHEAP)
+    found = document("run", name, *chosen_for(tmp_path / "adapter", base, tmp_path), *CHEAP)
     assert {o["verdict"] for o in found["outcomes"]} == {"pass"}
     published = tmp_path / "published"
     merged, exact = tensors_of(published / component), trained.merge_and_unload().state_dict()

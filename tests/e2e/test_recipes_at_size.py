@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lora_deploy.recipe.library import library
 from lora_deploy.recipe.read import read_recipe
-from tests.e2e.commands import document
+from tests.e2e.commands import document, settings
 from tests.peer.trained import peft_advice_unheard
 
 _MISTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
@@ -222,8 +222,7 @@ def write_adapter(model: nn.Module, targets: Any, folder: Path) -> int:
 def planned(name: str, folder: Path) -> dict[str, Any]:
     """Plan a recipe; give its one cell."""
     chosen = {"adapters": folder / "adapter", "base": folder / "base", "output": folder / "dist"}
-    words = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
-    found = document("run", name, *words, "--dry-run")
+    found = document("run", name, *settings(chosen), "--dry-run")
     assert not (folder / "dist").exists()
     [cell] = found["cells"]
     return dict(cell)

@@ -9,25 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_deploy.errors import IncompatibleAdapterError
 from tests.peer.models import bert, clip, image_and_text, images, llava, speech, token_ids, translation, vit, whisper
-from tests.peer.test_every_architecture_peer import small
+from tests.peer.small import of_class
 from tests.peer.trained import (
     Inputs,
     assert_merges_as_trained,
     assert_rounded_once,
     merge,
-    randomize,
     reload,
     tensors_of,
     train,
@@ -78,10 +77,6 @@ OTHERS = [
 ]
 
 
-def _of_class(name: str) -> Callable[[], nn.Module]:
-    return lambda: randomize((cls := getattr(transformers, name))(small(cls.config_class.model_type)))
-
-
 def _text_for(name: str) -> Callable[[], Inputs]:
     return translation if "T5" in name else token_ids
 
@@ -90,7 +85,7 @@ FAMILIES = [
     *(pytest.param(*family[1:], id=family[0]) for family in NAMED_NOWHERE_ELSE),
     *(pytest.param(*family[1:], id=family[0], marks=pytest.mark.nightly) for family in OTHERS),
     *(
-        pytest.param(_of_class(name), _text_for(name), "all-linear", id=name, marks=pytest.mark.nightly)
+        pytest.param(partial(of_class, name), _text_for(name), "all-linear", id=name, marks=pytest.mark.nightly)
         for name in SWEPT
     ),
 ]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_deploy.adapters.containers import one_line
 from lora_deploy.errors import InputError, MalformedAdapterError
 
 MAGIC = b"GGUF"
@@ -40,8 +41,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = {name: _text(field.contents()) for name, field in reader.fields.items()}
         tensors = {str(tensor.name): _tensor(gguf, tensor) for tensor in reader.tensors}
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise MalformedAdapterError(f"{path}: not a readable GGUF file: {reason[:200]}") from error
+        raise MalformedAdapterError(f"{path}: not a readable GGUF file: {one_line(error)[:200]}") from error
     return tensors, metadata
 
 

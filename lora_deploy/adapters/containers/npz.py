@@ -18,6 +18,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
+from lora_deploy.adapters.containers import one_line
 from lora_deploy.errors import MalformedAdapterError, UnsafeFileError
 
 _RAW_BFLOAT16 = np.dtype("V2")
@@ -43,7 +44,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 with archive.open(member) as stream:
                     tensors[name] = _read_array(path, name, stream, member.file_size)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise MalformedAdapterError(f"{path}: not a readable npz file: {_one_line(error)}") from error
+        raise MalformedAdapterError(f"{path}: not a readable npz file: {one_line(error)}") from error
     except OSError as error:
         raise MalformedAdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
     return tensors
@@ -74,7 +75,3 @@ def _read_array(path: Path, name: str, stream: IO[bytes], n_member_bytes: int) -
     except TypeError as error:
         raise MalformedAdapterError(f"{path}: {name}: found dtype {dtype}, which no tensor has") from error
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
